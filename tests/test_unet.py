@@ -1,0 +1,281 @@
+"""unet.py against diffusers' UNet2DConditionModel, with the same weights."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from unet import UNet, UNetConfig, load_config, to_diffusers_config
+
+SMALL = UNetConfig(
+    in_channels=8,
+    out_channels=8,
+    block_out_channels=(32, 64, 64),
+    attention=(True, True, False),
+    layers_per_block=2,
+    num_heads=4,
+    cross_attention_dim=48,
+    text_dim=24,
+)
+VARIANTS = {
+    "papers' shape": SMALL,
+    "no projection": UNetConfig(4, 4, (32, 64), (True, False), 2, 8, 40, None),
+    "tiny's shape": UNetConfig(16, 16, (32, 64, 96), (False, True, True), 1, 4, 24, None),
+}
+STABLE_DIFFUSION = UNetConfig(in_channels=4, out_channels=4, text_dim=None)
+
+
+def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(config).eval()
+
+
+def inputs(config: UNetConfig, size: tuple[int, int], batch: int = 2):
+    generator = torch.Generator().manual_seed(1)
+    x_t = torch.randn(batch, config.in_channels, *size, generator=generator)
+    t = torch.tensor([3, 987])[:batch]
+    width = config.text_dim or config.cross_attention_dim
+    return x_t, t, torch.randn(batch, 7, width, generator=generator)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def parameters(config: UNetConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in UNet(config).parameters())
+
+
+def test_parameter_counts():
+    assert parameters(STABLE_DIFFUSION) == 859_520_964
+    assert parameters(UNetConfig(text_dim=None)) == 860_235_328
+    assert parameters(UNetConfig()) == 861_022_528
+
+
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION, UNetConfig(), *VARIANTS.values()])
+def test_names_and_shapes_are_diffusers(config):
+    with torch.device("meta"):
+        ours = UNet(config).state_dict()
+        theirs = UNet2DConditionModel.from_config(to_diffusers_config(config)).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("size", [(24, 21), (8, 8), (13, 9), (16, 33)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_output_is_diffusers(name, size, tmp_path):
+    ours = random_unet(VARIANTS[name])
+    ours.save_pretrained(tmp_path)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path).eval()
+    x_t, t, text = inputs(ours.config, size)
+    with torch.no_grad():
+        a, b = ours(x_t, t, text), theirs(x_t, t, text).sample
+    assert a.shape == x_t.shape and a.std() > 0.05  # it says something
+    assert relative_error(a, b) < 1e-5
+
+
+def test_text_mask_is_diffusers(tmp_path):
+    ours = random_unet(SMALL)
+    ours.save_pretrained(tmp_path)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path).eval()
+    x_t, t, text = inputs(SMALL, (24, 21))
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0]])
+    with torch.no_grad():
+        a = ours(x_t, t, text, mask.bool())
+        b = theirs(x_t, t, text, encoder_attention_mask=mask).sample
+        assert relative_error(a, b) < 1e-5
+        # The mask does something, and what it masks has no influence at all.
+        assert relative_error(a, ours(x_t, t, text)) > 1e-3
+        assert torch.equal(
+            a, ours(x_t, t, text * mask[:, :, None] + 9 * (1 - mask[:, :, None]), mask)
+        )
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_round_trip_through_diffusers(suffix, tmp_path):
+    ours = random_unet(SMALL)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=suffix == "safetensors")
+    back = UNet.from_pretrained(tmp_path / "theirs")
+    assert back.config == SMALL
+    for name, value in ours.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+
+
+def test_stable_diffusion_adapted_to_the_latents(tmp_path, capsys):
+    """A folder as Stable Diffusion's: 4 channels, no projection. Only what must be is new."""
+    four = UNetConfig(4, 4, (32, 64), (True, False), 2, 4, 48, None)
+    sd = UNet2DConditionModel.from_config(to_diffusers_config(four))
+    sd.save_pretrained(tmp_path / "model" / "unet")
+    torch.manual_seed(5)
+    unet = UNet.from_pretrained(tmp_path / "model", in_channels=8, out_channels=8, text_dim=24)
+    assert "freshly initialised: conv_in, conv_out, encoder_hid_proj" in capsys.readouterr().out
+    assert unet.config == UNetConfig(8, 8, (32, 64), (True, False), 2, 4, 48, 24)
+    for name, value in unet.state_dict().items():
+        layer = name.rpartition(".")[0]
+        if layer not in ("conv_in", "conv_out", "encoder_hid_proj"):
+            assert torch.equal(value, sd.state_dict()[name]), name
+    assert not torch.equal(unet.conv_in.bias, sd.conv_in.bias)  # layers are renewed as a whole
+
+
+def test_original_config_of_stable_diffusion(tmp_path):
+    """The fields of v1.4's config.json, and no others."""
+    blocks = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.2.2",
+        "act_fn": "silu",
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
+        "cross_attention_dim": 768,
+        "down_block_types": blocks,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 4,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "sample_size": 64,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path) == STABLE_DIFFUSION
+
+
+def test_full_width_output_is_diffusers(tmp_path):
+    """861M random weights, one step at 24×21 with 50 tokens: the papers' network itself."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel.from_config(to_diffusers_config(UNetConfig()))
+        ours = UNet(UNetConfig())
+    theirs.to_empty(device="cpu")
+    for p in theirs.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+        else:
+            torch.nn.init.normal_(p, mean=0.5, std=0.2)
+    ours.load_state_dict(theirs.state_dict(), assign=True)  # the same memory, not a copy
+    x_t, t = torch.randn(1, 128, 24, 21), torch.tensor([500])
+    text = torch.randn(1, 50, 1024)
+    with torch.no_grad():
+        a, b = ours(x_t, t, text), theirs(x_t, t, text).sample
+    assert a.shape == (1, 128, 24, 21)
+    assert relative_error(a, b) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing():
+    unet = random_unet(SMALL)
+    x_t, t, text = inputs(SMALL, (24, 21))
+    gradients = []
+    for checkpointing in (False, True):
+        unet.zero_grad()
+        unet(x_t, t, text, gradient_checkpointing=checkpointing).square().mean().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.abs().max() > 0  # every parameter is used
+
+
+def test_one_unmasked_token_makes_cross_attention_rank_1():
+    """P2 appendix C: with n tokens left, softmax(QKᵀ)V has rank n or less."""
+    attention = random_unet(SMALL).down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    pixels, text = torch.randn(1, 504, 32).double(), torch.randn(1, 7, 48).double()
+    attention.double().to_out[0] = torch.nn.Identity()  # look at Z itself
+
+    def rank(tokens: int) -> int:
+        mask = (torch.arange(7) < tokens)[None, None, None]
+        heads = attention(pixels, text, mask).detach()[0].unflatten(1, (4, 8)).transpose(0, 1)
+        return torch.linalg.matrix_rank(heads).max().item()
+
+    assert [rank(n) for n in (1, 2, 3, 7)] == [1, 2, 3, 7]
+
+
+def test_batch_and_integer_timesteps():
+    unet = random_unet(SMALL)
+    x_t, _, text = inputs(SMALL, (24, 21))
+    with torch.no_grad():
+        together = unet(x_t, 7, text)
+        alone = torch.cat(
+            [unet(x_t[i : i + 1], torch.tensor([7]), text[i : i + 1]) for i in (0, 1)]
+        )
+    torch.testing.assert_close(together, alone)
+
+
+# ---- what users get wrong ------------------------------------------------------------------------
+
+
+def test_wrong_shape_in_a_checkpoint_is_named(tmp_path):
+    unet = random_unet(SMALL)
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["cross_attention_dim"] = 40
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"encoder_hid_proj.weight is \[48, 24\], not \[40, 24\]"):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_missing_and_unexpected_weights_are_refused(tmp_path):
+    unet = random_unet(SMALL)
+    unet.save_pretrained(tmp_path)
+    state = unet.state_dict()
+    state["stranger.weight"] = state.pop("conv_in.weight")
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"conv_in.weight is missing \(and 1 more\)"):
+        UNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"use_linear_projection": True}, {"act_fn": "gelu"}, {"attention_head_dim": [5, 10, 20]},
+     {"down_block_types": ["KDownBlock2D"] * 3}, {"in_channels": None}],
+)  # fmt: skip
+def test_other_architectures_are_refused(change, tmp_path):
+    config = to_diffusers_config(SMALL) | change
+    if config["in_channels"] is None:
+        del config["in_channels"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json"):
+        load_config(tmp_path)
+
+
+def test_absent_folder_hub_id_and_damaged_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no U-Net there"):
+        UNet.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor"):
+        UNet.from_pretrained("nobody/no-such-model")  # HF_HUB_OFFLINE is set: no network
+    random_unet(SMALL).save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="can't be read"):
+        UNet.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="no diffusion_pytorch_model.safetensors"):
+        UNet.from_pretrained(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle ran code')",))
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    random_unet(SMALL).save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="can't be read"):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_impossible_configurations():
+    with pytest.raises(ValueError, match="one value for each level"):
+        UNetConfig(attention=(True,))
+    with pytest.raises(ValueError, match="48 channels"):
+        UNetConfig(block_out_channels=(48, 64), attention=(True, True))
