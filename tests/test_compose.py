@@ -1,0 +1,186 @@
+"""The tiny world: scenes are reproducible, balanced, rightly labelled, and store like any data."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tiny import compose
+from tiny.wording import read_wording
+
+REPO = Path(__file__).parent.parent
+TABLE = REPO / "tiny" / "recordings.csv"
+
+
+@pytest.fixture(scope="module")
+def train():
+    return compose.Recordings(TABLE, "train")
+
+
+@pytest.fixture(scope="module")
+def scenes(train):
+    return compose.draw_scenes(train, "train", 2000, seed=0)
+
+
+def rows():
+    with open(TABLE, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_scene_depends_on_seed_split_and_index_only(train, scenes):
+    few = compose.draw_scenes(train, "train", 30, seed=0)
+    assert few == scenes[:30]
+    assert few != [
+        {**x, "id": y["id"], "file": y["file"]}
+        for x, y in zip(compose.draw_scenes(train, "train", 30, seed=1), few, strict=True)
+    ]
+    # A record that went through JSON, as on disk, gives the same sound, bit for bit.
+    again = json.loads(json.dumps(few[7]))
+    assert torch.equal(compose.compose_scene(few[7], train), compose.compose_scene(again, train))
+
+
+def test_draws_are_balanced_over_classes(train, scenes):
+    counts = Counter(layer["label"] for scene in scenes for layer in scene["layers"])
+    share = sum(counts.values()) / len(train.names)
+    assert set(counts) == set(train.names)
+    assert all(0.6 * share < n < 1.4 * share for n in counts.values())
+    labels_a_scene = Counter(len(scene["layers"]) for scene in scenes)
+    for count, probability in enumerate(compose.LABELS_A_SCENE, 1):
+        assert labels_a_scene[count] / len(scenes) == pytest.approx(probability, abs=0.04)
+
+
+def test_draws_are_balanced_over_sources(train):
+    """Within a class a source counts as much as any other, however many recordings it has."""
+    label = max(train.names, key=lambda x: len(train.classes[x]))
+    source_of = {
+        take["file"]: name for name, takes in train.classes[label].items() for take in takes
+    }
+    rng = np.random.default_rng(0)
+    layers = [compose.draw_layer(rng, train, label, 0.0, 10.0) for _ in range(1000)]
+    counts = Counter(source_of[layer["events"][0]["file"]] for layer in layers)
+    share = 1000 / len(train.classes[label])
+    assert len(counts) == len(train.classes[label])
+    assert all(abs(n - share) < 5 * share**0.5 for n in counts.values())
+
+
+def test_labels_are_those_of_the_events(scenes):
+    label_of = {row["file"]: row["labels"].split(";")[0] for row in rows()}
+    group_of = {row["file"]: row["source_group"] for row in rows()}
+    for scene in scenes:
+        for layer in scene["layers"]:
+            assert {label_of[event["file"]] for event in layer["events"]} == {layer["label"]}
+            assert len({group_of[event["file"]] for event in layer["events"]}) == 1
+        assert scene["labels"] == sorted(layer["label"] for layer in scene["layers"])
+        assert len(set(scene["labels"])) == len(scene["labels"])
+
+
+def test_splits_share_no_recording(scenes):
+    split_of = {row["file"]: row["split"] for row in rows()}
+    test = compose.draw_scenes(compose.Recordings(TABLE, "test"), "test", 100, seed=0)
+    for split, drawn in (("train", scenes), ("test", test)):
+        files = {e["file"] for scene in drawn for layer in scene["layers"] for e in layer["events"]}
+        assert {split_of[file] for file in files} == {split}
+
+
+def test_captions_name_every_label(train, scenes):
+    """With several labels every caption names each; with one, it is one of the class's phrases."""
+    distinct = set()
+    for scene in scenes:
+        count = 3 if len(scene["layers"]) == 1 else 2
+        assert len(scene["captions"]) == len(set(scene["captions"])) == count
+        distinct.update(scene["captions"])
+        for caption in scene["captions"]:
+            for layer in scene["layers"]:
+                words = train.wording[layer["label"]]
+                names = [words["plain"], layer["label"]]
+                names += words["also"] if len(scene["layers"]) == 1 else []
+                assert any(name in caption for name in names), (caption, layer["label"])
+        if len(scene["layers"]) == 1 and scene["place"] == "near":
+            assert scene["captions"][0] == train.wording[scene["labels"][0]]["plain"]
+    assert len(distinct) < 5000  # their text states fit a cache
+
+
+def test_every_class_has_words():
+    wording = read_wording()
+    for row in rows():
+        words = wording[row["labels"].split(";")[0]]
+        assert words["plain"] and words["full"].endswith(words["plain"]) and all(words["also"])
+        phrases = [words["plain"], words["full"], *words["also"]]
+        assert len(phrases) == len(set(phrases)) or words["plain"] == words["full"]
+
+
+def test_waves_are_finite_audible_and_long_enough(train, scenes):
+    sounding = []
+    for scene in scenes[:25]:
+        wave = compose.compose_scene(scene, train)
+        assert wave.shape == (161_280,) and wave.dtype == torch.float32
+        assert wave.isfinite().all() and wave.abs().max() <= 1
+        rms = compose.frame_rms(wave)
+        assert rms.max() > 0.005
+        sounding.append((rms > rms.max() / 30).float().mean())
+    assert min(sounding) > 0.03 and sum(sounding) / 25 > 0.5  # mostly sound, not silence
+
+
+def test_pitch_goes_up_with_p_over_q():
+    """A sine of 1000 Hz at pitch 6/5 is one of 1200 Hz, and as much shorter."""
+    sine = torch.sin(2 * torch.pi * 1000 * torch.arange(16_000) / 16_000)
+    take = {"file": "sine", "seconds": 1.0}
+    stem = torch.zeros(compose.FFT_SAMPLES)
+    item = compose.event(take, 0.0, 1 / 1.2, (6, 5), 0.0, 0.01)
+    compose.place_event(stem, item, sine)
+    assert stem.nonzero().max() == pytest.approx(16_000 / 1.2, abs=3)
+    assert torch.fft.rfft(stem[:13_000]).abs().argmax() * 16_000 / 13_000 == pytest.approx(1200, 5)
+
+
+def test_texture_has_no_holes():
+    """Crossfades at equal power keep the level of a noise that is looped."""
+    noise = torch.randn(16_000, generator=torch.Generator().manual_seed(0))
+    takes, rng = [{"file": "noise", "seconds": 1.0}], np.random.default_rng(0)
+    stem = torch.zeros(compose.FFT_SAMPLES)
+    for item in compose.texture_events(rng, takes, 0.0, compose.SECONDS):
+        compose.place_event(stem, item, noise)
+    rms = compose.frame_rms(stem[:160_000])
+    assert 0.6 < rms.min() and rms.max() < 1.6
+
+
+def run(*args):
+    return subprocess.run([sys.executable, *args], cwd=REPO, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    """Two builds with different workers are the same bytes, and a data set like any other."""
+    for name, workers in (("a", "0"), ("b", "2")):
+        out = str(tmp_path / name)
+        done = run("-m", "tiny.compose", "--out", out, "--clips", "8", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+    files = sorted(x.name for x in (tmp_path / "a").iterdir())
+    assert files == sorted(x.name for x in (tmp_path / "b").iterdir())
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    check = run("latents.py", "check", str(tmp_path / "a"))
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+@pytest.mark.parametrize(
+    "args, status, words",
+    [
+        (["--recordings", "/nowhere/recordings.csv"], 1, "/nowhere/recordings.csv"),
+        (["--recordings", "tiny/wording.csv"], 1, "columns"),
+        (["--clips", "0"], 2, "--clips"),
+        (["--split", "validation"], 2, "--split"),
+    ],
+)
+def test_mistakes_get_one_clear_line(tmp_path, args, status, words, monkeypatch, capsys):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(sys, "argv", ["compose", "--out", str(tmp_path / "out"), *args])
+    with pytest.raises(SystemExit) as stop:
+        compose.main()
+    said = str(stop.value) if status == 1 else capsys.readouterr().err
+    assert words in said
+    assert stop.value.code == status if status == 2 else said.startswith("error: ")
