@@ -789,6 +789,20 @@ def _audioset_rows(lines: list[str], audio_folder: Path, class_labels) -> list[d
     return rows
 
 
+def pick_device(name: str | None) -> torch.device:
+    """What `--device` means: a device's name, or nothing for CUDA where there is one. Under
+    torchrun, "cuda" gives each rank a GPU of its own. ValueError for a device that isn't there."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    name = name or found[0].removesuffix(":0")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name not in found:
+        raise ValueError(f"device {name}: PyTorch finds only {', '.join(found)} here")
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
 def _load_row(row: dict, audio_folder: Path) -> Tensor:
     several = row.get("several_clips", False)
     seconds = None if several else CLIP_SAMPLES / SAMPLE_RATE
@@ -826,11 +840,7 @@ def main() -> None:
         if args.command == "check":
             print(check_dataset(args.folder, args.encodec_weights))
             return
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: PyTorch finds no CUDA here; use --device cpu")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = pick_device(args.device)
         if not args.audio_folder.is_dir():
             raise FileNotFoundError(f"{args.audio_folder}: no such folder")
         rows = read_table(args.table, args.audio_folder, args.class_labels)
