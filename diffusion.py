@@ -53,6 +53,21 @@ def scaled_linear_alphas_cumprod(
     return torch.cumprod(1 - betas, dim=0)
 
 
+SCHEDULES = {"cosine": cosine_alphas_cumprod, "scaled-linear": scaled_linear_alphas_cumprod}
+
+
+def shifted(alphas_cumprod: Tensor, shift: float) -> Tensor:
+    """The schedule with its signal-to-noise ratio ᾱ/(1−ᾱ) multiplied by shift² at every t.
+
+    Neighbouring values of a latent repeat each other, so noise hides them less than it hides the
+    pixels of a small picture: unshifted, even the last timesteps of a redundant latent show what
+    sound it is, and the network never needs the text. 1: unchanged, as in the papers; below 1:
+    noisier (Hoogeboom et al. 2023, section 2.1; the same as Chen 2023's input scaling).
+    """
+    signal = shift**2 * alphas_cumprod
+    return signal / (signal + 1 - alphas_cumprod)
+
+
 # ---- the forward process and what the network predicts -------------------------------------------
 
 

@@ -16,6 +16,7 @@ from diffusion import (
     pndm,
     predicts_eps,
     scaled_linear_alphas_cumprod,
+    shifted,
     timestep_sequence,
     velocity,
 )
@@ -325,3 +326,18 @@ def test_noise_is_the_samples_own(sampler):
 def test_unknown_warmup():
     with pytest.raises(ValueError, match="expected 'plms' or 'runge-kutta'"):
         pndm(network, noise(), COSINE, 10, warmup="euler")
+
+
+# ---- the shifted schedule ------------------------------------------------------------------------
+
+
+def test_a_shift_is_a_scaling_of_the_signal():
+    """x_t of the shifted schedule is, up to a factor, x_t of the unshifted one for shift · x_0."""
+    moved, t = shifted(COSINE, 0.2), torch.tensor([30, 900])
+    x_0, eps = noise(1), noise(2)
+    ratio = ((1 - moved[t]) / (1 - COSINE[t])).sqrt().view(-1, 1, 1, 1)
+    torch.testing.assert_close(
+        add_noise(x_0, eps, t, moved), ratio * add_noise(0.2 * x_0, eps, t, COSINE)
+    )
+    torch.testing.assert_close(shifted(COSINE, 1.0), COSINE)
+    assert ((0 < moved) & (moved < COSINE)).all() and (moved.diff() < 0).all()

@@ -1,0 +1,687 @@
+"""Train ε_θ on stored latents and their captions: papers, sections 4 and 5, P2 tables 2 and A10.
+
+    loss = E ‖ε_θ(x_t, t, τ(y)) − ε‖²   with  x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε,  t uniform in 0 … 999
+
+    x_0   normalised latent [B, 128, 24, 21]       y   its caption, "" for one clip in ten
+    τ     the frozen text encoder                  ε   Gaussian noise (or v: diffusion.py)
+
+    python train.py                                          the tiny model, on tiny/'s recordings
+    torchrun --nproc_per_node 8 train.py --preset paper --data FOLDER \\
+        --init CompVis/stable-diffusion-v1-4                 the papers' run
+
+Everything random (which clips, which caption, t, ε, dropped captions) is a function of (seed, step,
+place in the global batch) and of nothing else. So a run is the same on any number of ranks, and one
+that was killed goes on, from its newest checkpoint, as if nothing had happened.
+
+Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
+the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling.
+
+    RUN/model/          the result: what sample.py --model takes
+    RUN/checkpoints/    the last two; start the same command again to go on
+    RUN/log.jsonl       a line a step       RUN/samples/    a sound every now and then
+"""
+
+import argparse
+import copy
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import diffusion
+from captions import MASKS, TextEncoder
+from latents import (
+    LatentDataset,
+    LatentStats,
+    load_codec,
+    pick_device,
+    save_audio,
+    to_grid,
+    to_sequence,
+    write_aside,
+)
+from unet import UNet, UNetConfig, load_config
+
+TINY = Path(__file__).resolve().parent / "tiny"
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs/tiny"  # the run's folder
+    data: str = ""  # stored data set (latents.py encode); empty: the one that tiny.compose makes
+    val_data: str = ""  # held-out data set; empty: the last val_clips of data are held out
+    encodec_weights: str = ""  # EnCodec's file, for data of its codes; empty: torch hub's cache
+    init: str = ""  # start from a model folder, or a U-Net folder or hub id of Stable Diffusion
+    # The model. With --init its architecture is that of what is loaded.
+    text_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"  # hub id or folder
+    max_length: int = 32  # tokens of a caption, padded or cut
+    mask: str = "both"  # where pads are masked: none, encoder, cross-attention or both
+    block_out_channels: tuple[int, ...] = (128, 192, 256)  # width of each level
+    attention: tuple[bool, ...] = (False, False, True)  # a spatial transformer at this level (0, 1)
+    layers_per_block: int = 1  # residual blocks a level
+    num_heads: int = 4  # attention heads
+    cross_attention_dim: int = 384  # text width inside the U-Net
+    prediction: str = "v"  # what the U-Net predicts: eps (the papers) or v
+    schedule: str = "cosine"  # noise schedule: cosine (the papers) or scaled-linear
+    schedule_shift: float = 0.2  # its signal-to-noise ratio times shift²; 1 (the papers): as it is
+    # The optimisation
+    steps: int = 3_400  # length of the run; the learning rate follows it, so it can't change later
+    batch_size: int = 32  # clips a rank and forward pass
+    accumulate: int = 1  # forward passes a step
+    lr: float = 5e-4  # peak learning rate of AdamW
+    warmup_steps: int = 300  # linear from 0, then cosine decay to 0
+    weight_decay: float = 0.01  # AdamW's
+    clip: float = 1.0  # largest norm of the gradient
+    ema_decay: float = 0.9999  # of the averaged weights; less at the start of a run
+    caption_dropout: float = 0.1  # share of clips trained without a caption
+    balanced: bool = True  # draw clips so that labels come up equally often
+    frozen_steps: int = 0  # train conv_in, conv_out and the text projection only until here (B.4)
+    precision: str = "bf16"  # autocast: bf16 or fp32
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    compile: bool = False  # torch.compile the U-Net
+    device: str = ""  # cpu, cuda; empty: cuda where there is one
+    seed: int = 0  # of everything random
+    # Upkeep
+    checkpoint_every: int = 500  # steps
+    validate_every: int = 500  # steps
+    val_clips: int = 128  # clips of the validation loss
+    sample_every: int = 1000  # steps; 0: never
+    sample_prompt: str = "dog barking"  # what the samples are of
+    guidance: float = 3.0  # of these samples, and what sample.py takes unless told otherwise
+    resume: bool = True  # go on from the run's newest checkpoint; no: set the old run aside
+
+
+PRESETS = {
+    "tiny": Config(),
+    # P2 tables 2 and A10; the batch of 192 a GPU is inferred from the time a step takes.
+    "paper": Config(
+        out="runs/paper",
+        text_encoder="t5-large",
+        max_length=50,
+        mask="none",
+        block_out_channels=(320, 640, 1280, 1280),
+        attention=(True, True, True, False),
+        layers_per_block=2,
+        num_heads=8,
+        cross_attention_dim=768,
+        prediction="eps",
+        schedule_shift=1.0,
+        steps=60_000,
+        batch_size=192,
+        lr=2.56e-4,
+        warmup_steps=1000,
+        balanced=False,
+        gradient_checkpointing=True,
+        checkpoint_every=1000,
+        validate_every=1000,
+        val_clips=512,
+        sample_every=5000,
+        guidance=6.5,
+    ),
+}
+# What may differ when a run goes on; everything else is part of what is being computed. (So is
+# the global batch, but it may be divided otherwise.)
+MAY_CHANGE = {"out", "device", "resume", "compile", "gradient_checkpointing", "batch_size"}
+MAY_CHANGE |= {"checkpoint_every", "validate_every", "sample_every", "sample_prompt"}
+MAY_CHANGE |= {"guidance", "accumulate", "encodec_weights"}
+
+
+# ---- pure functions of the step ------------------------------------------------------------------
+
+
+def learning_rate(step: int, c: Config) -> float:
+    """Linear warm-up to c.lr, then half a cosine down to 0 at c.steps."""
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / c.warmup_steps
+    progress = (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
+    return c.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_decay(step: int, c: Config) -> float:
+    """Rises to c.ema_decay: with a fixed 0.9999 a short run would ship its initial noise."""
+    return min(c.ema_decay, (1 + step) / (10 + step))
+
+
+def clips_of_step(step: int, global_batch: int, weights: np.ndarray | None, n: int, seed: int):
+    """Indices [global_batch] into the data set's n training clips: balanced draws with replacement
+    (`weights`, cumulative, ending at 1), or every clip once an epoch in a random order."""
+    if weights is not None:
+        u = np.random.default_rng((seed, 0, step)).random(global_batch)
+        return np.searchsorted(weights, u, side="right").clip(max=n - 1)
+    places = np.arange(step * global_batch, (step + 1) * global_batch)
+    orders = {e: np.random.default_rng((seed, 1, e)).permutation(n) for e in set(places // n)}
+    return np.array([orders[p // n][p % n] for p in places])
+
+
+def draw(step: int, place: int, captions: list[str], shape: tuple, c: Config):
+    """What is random about one sample of a step: caption, t and noise."""
+    rng = np.random.default_rng((c.seed, 2, step, place))
+    caption = captions[rng.integers(len(captions))]
+    if rng.random() < c.caption_dropout:
+        caption = ""
+    t = int(rng.integers(1000))
+    return caption, t, rng.standard_normal(shape, dtype=np.float32)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+class Run:
+    """Everything a run is made of. What changes from step to step (and is checkpointed) is the
+    U-Net, its average `ema`, the optimizer and the step."""
+
+    def __init__(self, c: Config):
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(c.device)
+        if self.ranks > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.c, self.out = c, Path(c.out)
+        self.global_batch = c.batch_size * c.accumulate * self.ranks
+
+        # Data: stored integers, their statistics and their captions.
+        data, val_data = c.data, c.val_data
+        if not data:
+            data, val_data = str(TINY / "data" / "train"), str(TINY / "data" / "test")
+            self.on_rank_0(compose_tiny)
+        self.data = LatentDataset(data)
+        self.val = LatentDataset(val_data) if val_data else self.data
+        n = len(self.val)
+        self.val_indices = list(range(max(0, n - c.val_clips), n))
+        self.clips = len(self.data) - (0 if val_data else len(self.val_indices))
+        if self.clips < self.global_batch:
+            raise ValueError(
+                f"{data}: {self.clips} clips to train on ({len(self.data) - self.clips} are held "
+                f"out), fewer than the {self.global_batch} of one step ({self.ranks} ranks × "
+                f"{c.accumulate} × {c.batch_size}): use fewer ranks, or a smaller --batch-size or "
+                "--val-clips"
+            )
+        self.weights = None
+        if c.balanced:
+            self.weights = np.cumsum(np.asarray(self.data.sampling_weights())[: self.clips])
+            self.weights /= self.weights[-1]
+        self.stats = self.data.stats
+        self.codec = load_codec(self.data.codec, self.device, c.encodec_weights or None)
+        if self.val.codec != self.data.codec:
+            raise ValueError(f"{val_data}: made with another codec than {data}")
+        if c.init and (Path(c.init) / "model.json").is_file():
+            check_init(c, self.data.codec)
+            # A model goes on with the normalisation that it was trained with.
+            self.stats = LatentStats.load(Path(c.init) / "latent_stats.safetensors")
+
+        # Model
+        self.encoder = TextEncoder(
+            c.text_encoder, c.max_length, c.mask, device=self.device, cache_bytes=2**29
+        )
+        alphas_cumprod = diffusion.SCHEDULES[c.schedule]()
+        self.alphas_cumprod = diffusion.shifted(alphas_cumprod, c.schedule_shift).to(self.device)
+        torch.manual_seed(c.seed)  # of the layers that --init doesn't bring
+        self.unet = self.make_unet().to(self.device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.unet).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True
+        )
+        self.step = 0
+        self.frozen = [
+            p
+            for name, p in self.unet.named_parameters()
+            if not name.startswith(("conv_in.", "conv_out.", "encoder_hid_proj."))
+        ]
+
+        self.model = torch.compile(self.unet) if c.compile else self.unet
+        if self.ranks > 1:
+            self.model = DistributedDataParallel(self.model)
+            # DDP regroups the gradients after its first backward pass, and the last bits of a sum
+            # over three or more ranks depend on the grouping. With that pass behind it, a resumed
+            # run goes on as the interrupted one would have.
+            _, captions, stored, t, noise = self.batch(0, 0)
+            self.loss(self.model, stored, captions, t, noise).mean().backward()
+            self.unet.zero_grad(set_to_none=True)
+
+    def make_unet(self) -> UNet:
+        """The preset's architecture from scratch, or what --init names; channels and text width
+        follow from codec and text encoder."""
+        c, channels = self.c, self.codec.channels
+        width = load_config(c.init).cross_attention_dim if c.init else c.cross_attention_dim
+        text_dim = None if self.encoder.dim == width else self.encoder.dim
+        if c.init:
+            return UNet.from_pretrained(
+                c.init, in_channels=channels, out_channels=channels, text_dim=text_dim
+            )
+        if c.block_out_channels[0] < 2 * channels and self.rank == 0:
+            # ε has as many independent dimensions as the latent has channels.
+            print(f"warning: a first level {c.block_out_channels[0]} wide can't predict well what "
+                  f"has {channels} channels: use {2 * channels} or more")  # fmt: skip
+        return UNet(
+            UNetConfig(
+                channels,
+                channels,
+                c.block_out_channels,
+                c.attention,
+                c.layers_per_block,
+                c.num_heads,
+                c.cross_attention_dim,
+                text_dim,
+            )
+        )
+
+    def on_rank_0(self, function) -> None:
+        if self.rank == 0:
+            function()
+        if self.ranks > 1:
+            dist.barrier()
+
+    # -- one step
+
+    def batch(self, step: int, part: int) -> tuple[list[int], list[str], Tensor, Tensor, Tensor]:
+        """This rank's share of one forward pass: clip indices, captions, stored integers, t, noise.
+
+        Runs in a thread, one step ahead; touches no state.
+        """
+        c = self.c
+        clips = clips_of_step(step, self.global_batch, self.weights, self.clips, c.seed)
+        first = (part * self.ranks + self.rank) * c.batch_size
+        places = range(first, first + c.batch_size)
+        indices = [int(clips[p]) for p in places]
+        shape = (self.codec.channels, 24, 21)
+        drawn = [
+            draw(step, p, self.data.record(i)["captions"], shape, c)
+            for p, i in zip(places, indices, strict=True)
+        ]
+        captions, t, noise = zip(*drawn, strict=True)
+        stored = self.data.stored(indices)
+        return indices, list(captions), stored, torch.tensor(t), torch.from_numpy(np.stack(noise))
+
+    def loss(self, model, stored, captions, t, noise) -> Tensor:
+        """Squared error of what the network predicts, a sample: float32 [B]."""
+        c, device = self.c, self.device
+        x_0 = to_grid(self.stats.normalize(self.codec.dequantize(stored.to(device))))
+        x_0 = x_0.contiguous(memory_format=torch.channels_last)  # [B, 128, 24, 21]
+        t, noise = t.to(device), noise.to(device)
+        x_t = diffusion.add_noise(x_0, noise, t, self.alphas_cumprod)
+        target = noise
+        if c.prediction == "v":
+            target = diffusion.velocity(x_0, noise, t, self.alphas_cumprod)
+        text, text_mask = self.encoder(captions)
+        with self.autocast():
+            predicted = model(x_t, t, text, text_mask, c.gradient_checkpointing)
+        return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+    def autocast(self):
+        if self.c.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def train_step(self, batches: list) -> dict:
+        """One step of AdamW on this step's batches (one for each --accumulate)."""
+        c, total = self.c, 0.0
+        for i, (_, captions, stored, t, noise) in enumerate(batches):
+            ddp_waits = self.ranks > 1 and i < len(batches) - 1  # sum gradients over ranks once
+            with self.model.no_sync() if ddp_waits else nullcontext():
+                loss = self.loss(self.model, stored, captions, t, noise).mean() / len(batches)
+                loss.backward()
+            total += loss.detach()
+        if self.ranks > 1:
+            dist.all_reduce(total)
+            total = total / self.ranks
+        if self.step < c.frozen_steps:
+            for p in self.frozen:
+                p.grad = None  # AdamW passes over these; DDP needn't know
+        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), c.clip)
+        loss, norm = float(total), float(norm)
+        if not math.isfinite(loss + norm):
+            clips = clips_of_step(self.step, self.global_batch, self.weights, self.clips, c.seed)
+            ids = ", ".join(str(self.data.record(int(i))["id"]) for i in clips)
+            raise ValueError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; stopped before it "
+                f"spoiled the weights. The clips of this step, on all ranks: {ids}"
+            )
+        lr = learning_rate(self.step, c)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = ema_decay(self.step, c)
+        with torch.no_grad():
+            # ema ← decay·ema + (1 − decay)·weights
+            torch._foreach_lerp_(
+                list(self.ema.parameters()), list(self.unet.parameters()), 1 - decay
+            )
+        self.step += 1
+        return {"step": self.step, "loss": loss, "lr": lr, "gradient_norm": norm}
+
+    # -- looking at it
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Loss of the EMA weights on held-out clips, the same noise each time, in four bins of t.
+
+        The mean hides what matters: an error at high t is multiplied by √((1−ᾱ)/ᾱ) on its way to
+        x_0 when the network predicts ε.
+        """
+        sums = torch.zeros(4, 2, dtype=torch.float64)
+        for start in range(0, len(self.val_indices), self.c.batch_size):
+            if start // self.c.batch_size % self.ranks != self.rank:
+                continue
+            indices = self.val_indices[start : start + self.c.batch_size]
+            captions = [self.val.record(i)["captions"][0] for i in indices]
+            stored = self.val.stored(indices)
+            for q in range(4):
+                rngs = [np.random.default_rng((self.c.seed, 3, q, i)) for i in indices]
+                t = torch.tensor([rng.integers(250 * q, 250 * (q + 1)) for rng in rngs])
+                shape = (self.codec.channels, 24, 21)
+                noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
+                noise = torch.from_numpy(noise)
+                losses = self.loss(self.ema, stored, captions, t, noise)
+                sums[q] += torch.tensor([losses.double().sum().item(), len(indices)])
+        if self.ranks > 1:
+            sums = sums.to(self.device)
+            dist.all_reduce(sums)
+        bins = [s / n for s, n in sums.tolist()]
+        return {"val_loss": sum(bins) / 4, "val_loss_bins": bins}
+
+    @torch.no_grad()
+    def write_sample(self) -> None:
+        """What the EMA weights make of the sample prompt: always the same noise, PNDM, 45 steps."""
+        text, mask = self.encoder(["", self.c.sample_prompt])
+        shape = (1, self.codec.channels, 24, 21)
+        noise = np.random.default_rng((self.c.seed, 4)).standard_normal(shape, dtype=np.float32)
+        x_T = torch.from_numpy(noise).to(self.device)
+
+        def network(x_t: Tensor, t: int) -> Tensor:
+            with self.autocast():
+                return self.ema(x_t, t, text, mask).float()
+
+        eps = diffusion.predicts_eps(network, self.c.prediction, self.alphas_cumprod)
+        eps = diffusion.guided(eps, self.c.guidance)
+        x_0 = diffusion.pndm(eps, x_T, self.alphas_cumprod, 45)
+        wave = self.codec.decode(self.stats.denormalize(to_sequence(x_0)))[0]
+        (self.out / "samples").mkdir(exist_ok=True)
+        save_audio(self.out / "samples" / f"step-{self.step:07d}.wav", wave)
+
+    # -- what stays on disk
+
+    def state(self) -> dict:
+        return {
+            "step": self.step,
+            "config": asdict(self.c),
+            "global_batch": self.global_batch,
+            "clips": len(self.data),
+            "unet": self.unet.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def save(self) -> None:
+        """The model folder and a checkpoint, each written aside and then renamed. In this order, so
+        that a run that has its last checkpoint is complete."""
+        self.save_model()
+        folder = self.out / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{self.step:07d}.pt"
+        aside = path.with_suffix(".tmp")
+        with open(aside, "wb") as file:
+            torch.save(self.state(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+        for old in sorted(folder.glob("step-*.pt"))[:-2]:
+            old.unlink()
+
+    def save_model(self) -> None:
+        c, folder, aside = self.c, self.out / "model", self.out / "model.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.ema.save_pretrained(aside / "unet")
+        self.stats.save(aside / "latent_stats.safetensors")
+        about = {
+            "text_encoder": c.text_encoder,
+            "max_length": c.max_length,
+            "mask": c.mask,
+            "codec": self.codec.settings(),
+            "sample_rate": 16_000,
+            "schedule": c.schedule,
+            "schedule_shift": c.schedule_shift,
+            "prediction": c.prediction,
+            "guidance": c.guidance,
+            "trained_on": {
+                "data": Path(c.data).name if c.data else "tiny",
+                "clips": self.clips,
+                "steps": self.step,
+                "global_batch": self.global_batch,
+                "init": c.init or None,
+            },
+        }
+        (aside / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+        old = self.out / "model.old"
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, path: Path) -> None:
+        """Take up a checkpoint; ValueError if it belongs to another run than this command's."""
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Through JSON, so that tuples and lists compare equal.
+        old, new = (json.loads(json.dumps(x)) for x in (saved["config"], asdict(self.c)))
+        for name in new:
+            if name not in MAY_CHANGE and old.get(name) != new[name]:
+                raise ValueError(
+                    f"{self.out}: its run has {name} = {old.get(name)!r}, this command "
+                    f"{new[name]!r}: give the old value to go on, another --out for a new run, or "
+                    f"--init {self.out}/model to train further"
+                )
+        for name, value in (("global_batch", self.global_batch), ("clips", len(self.data))):
+            if saved[name] != value:
+                raise ValueError(f"{self.out}: its run has {name} = {saved[name]}, not {value}")
+        self.unet.load_state_dict(saved["unet"])
+        self.ema.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+
+
+def load_newest(run: Run) -> None:
+    """Resume from the newest checkpoint that can be read; clear away what a kill left behind."""
+    folder = run.out / "checkpoints"
+
+    def tidy() -> None:
+        if not run.c.resume and folder.exists():
+            n = 1
+            while (aside := run.out.with_name(f"{run.out.name}.{n}")).exists():
+                n += 1
+            run.out.rename(aside)
+            print(f"the old run is now {aside}")
+        run.out.mkdir(parents=True, exist_ok=True)
+        model, old = run.out / "model", run.out / "model.old"
+        if old.exists() and not model.exists():  # killed between two renames of save_model
+            old.rename(model)
+        for torn in [*folder.glob("*.tmp"), run.out / "model.tmp", old]:
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink(missing_ok=True)
+
+    run.on_rank_0(tidy)
+    paths = sorted(folder.glob("step-*.pt"), reverse=True)
+    for path in paths:
+        try:
+            return run.load(path)
+        except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as e:
+            print(f"{path} can't be read ({str(e).splitlines()[0]}); trying the one before")
+    if paths:
+        raise ValueError(f"{folder}: no checkpoint can be read; --no-resume sets the run aside "
+                         "and starts another")  # fmt: skip
+
+
+def check_init(c: Config, codec: dict) -> None:
+    """ValueError if the model folder c.init was trained on something else than this run will be."""
+    path = Path(c.init) / "model.json"
+    names = ("text_encoder", "max_length", "mask", "prediction", "schedule", "schedule_shift")
+    mine = {name: getattr(c, name) for name in names} | {"codec": codec}
+    try:
+        model = json.loads(path.read_text())
+        differs = [name for name in mine if model[name] != mine[name]]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: not of a model folder ({e!r})") from e
+    for name in differs:
+        raise ValueError(
+            f"{c.init} was trained with {name} = {model[name]!r}, not {mine[name]!r}: give the "
+            f"same, or --init {c.init}/unet for its U-Net alone"
+        )
+
+
+def compose_tiny() -> None:
+    """Make the tiny data sets, once (the command goes on where it was interrupted)."""
+    if not all((TINY / "data" / split / "dataset.json").is_file() for split in ("train", "test")):
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        command = [sys.executable, "-m", "tiny.compose"]
+        subprocess.run(command, cwd=TINY.parent, env=environment, check=True)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB, on the GPU or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def train(c: Config) -> Path:
+    """The loop. Returns the model folder."""
+    parent = os.getppid()
+    run = Run(c)
+    load_newest(run)
+    if run.step >= c.steps:
+        if run.rank == 0:
+            print(f"{run.out}: finished at step {run.step}; its model is {run.out / 'model'}")
+        return run.out / "model"
+
+    log_path = run.out / "log.jsonl"
+    if run.rank == 0:
+        (run.out / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
+        lines = log_path.read_bytes().splitlines(keepends=True) if log_path.exists() else []
+        write_aside(log_path, b"".join(lines[: run.step]))  # a line a step; the last may be torn
+        print(f"{run.out}: {sum(p.numel() for p in run.unet.parameters()):,} parameters, "
+              f"{run.clips:,} clips, {run.global_batch} a step, from step {run.step}")  # fmt: skip
+
+    def fetch(step: int) -> list:
+        return [run.batch(step, part) for part in range(c.accumulate)]
+
+    bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=run.rank != 0)
+    with ThreadPoolExecutor(1) as pool, open(log_path, "a") as log:  # only rank 0 writes
+        upcoming = pool.submit(fetch, run.step)
+        while run.step < c.steps:
+            if run.ranks > 1 and os.getppid() != parent:
+                # Else ranks outlive a torchrun that was killed, and write beside its successor's.
+                raise OSError(f"torchrun is gone: stopped before step {run.step + 1}")
+            started = time.perf_counter()
+            batches = upcoming.result()
+            upcoming = pool.submit(fetch, run.step + 1)  # while this step is computed
+            entry = run.train_step(batches)
+            entry["samples_per_second"] = run.global_batch / (time.perf_counter() - started)
+            entry["memory_gib"] = peak_memory(run.device)
+            last = run.step == c.steps
+            if last or run.step % c.validate_every == 0:
+                entry |= run.validate()
+            if run.rank == 0:
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                bar.update()
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", lr=f"{entry['lr']:.1e}", refresh=False)
+                if "val_loss" in entry:
+                    bins = " ".join(f"{b:.3f}" for b in entry["val_loss_bins"])
+                    bar.write(f"step {run.step}: val loss {entry['val_loss']:.4f} (by t: {bins})")
+                if c.sample_every and (last or run.step % c.sample_every == 0):
+                    run.write_sample()
+                if last or run.step % c.checkpoint_every == 0:
+                    run.save()
+    bar.close()
+    return run.out / "model"
+
+
+# ---- the command line, generated from Config -----------------------------------------------------
+
+
+def parse_args(arguments: list[str] | None = None) -> Config:
+    """A field is an option, its comment the option's help, its preset's value the default."""
+    help_of = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=PRESETS, default="tiny", help="where defaults come from")
+    preset = PRESETS[first.parse_known_args(arguments)[0].preset]
+    parser = argparse.ArgumentParser(
+        parents=[first],
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for field in fields(Config):
+        default = getattr(preset, field.name)
+        shown = ",".join(str(int(x)) for x in default) if isinstance(default, tuple) else default
+        options = {"default": default, "help": f"{help_of[field.name]} [{shown}]"}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+
+            def numbers(text: str, kind: type = type(default[0])) -> tuple:
+                return tuple(kind(int(x)) for x in text.split(","))
+
+            options["type"] = numbers
+        else:
+            options["type"] = type(default)
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    values = vars(parser.parse_args(arguments))
+    values.pop("preset")
+    return check(Config(**values), parser)
+
+
+def check(c: Config, parser: argparse.ArgumentParser) -> Config:
+    positive = "steps batch_size accumulate checkpoint_every validate_every val_clips max_length "
+    positive += "layers_per_block num_heads cross_attention_dim"
+    not_negative = "warmup_steps frozen_steps sample_every seed weight_decay"
+    for names, least in ((positive, 1), (not_negative, 0)):
+        for name in names.split():
+            if getattr(c, name) < least:
+                parser.error(f"--{name.replace('_', '-')} must be {least} or more")
+    choices = {
+        "mask": MASKS,
+        "prediction": ("eps", "v"),
+        "schedule": tuple(diffusion.SCHEDULES),
+        "precision": ("bf16", "fp32"),
+    }
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            parser.error(f"--{name} must be one of {', '.join(allowed)}")
+    if not (0 <= c.caption_dropout <= 1 and 0 <= c.ema_decay <= 1):
+        parser.error("--caption-dropout and --ema-decay are 0 to 1")
+    if not (0 < c.lr < math.inf and c.clip > 0 and 0 < c.schedule_shift < math.inf):
+        parser.error("--lr, --clip and --schedule-shift are above 0")
+    return c
+
+
+def main(arguments: list[str] | None = None) -> None:
+    c = parse_args(arguments)
+    try:
+        train(c)
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted: the same command goes on from {c.out}'s newest checkpoint")
+    except (ValueError, OSError, subprocess.CalledProcessError) as e:
+        sys.exit(f"error: {e}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
