@@ -84,7 +84,7 @@ class Config:
     schedule: str = "cosine"  # noise schedule: cosine (the papers) or scaled-linear
     schedule_shift: float = 0.2  # its signal-to-noise ratio times shift²; 1 (the papers): as it is
     # The optimisation
-    steps: int = 3_400  # length of the run; the learning rate follows it, so it can't change later
+    steps: int = 10_000  # length of the run; the learning rate follows it, so it can't change later
     batch_size: int = 32  # clips a rank and forward pass
     accumulate: int = 1  # forward passes a step
     lr: float = 5e-4  # peak learning rate of AdamW

@@ -338,8 +338,7 @@ def distance(a: list, b: list) -> float:
 
 
 def test_it_learns(small, tmp_path):
-    """v has variance 1, so a network that ignores its input, or is trained towards the wrong
-    thing, doesn't get below 1."""
+    """v has variance 1, so a network that ignores its input doesn't get below 1."""
     options = "--steps 80 --batch-size 2 --block-out-channels 64,64 --attention 0,0 ".split()
     options += "--sample-every 80 --validate-every 80 --checkpoint-every 80".split()
     command = [*small, *options, "--out", str(tmp_path / "run")]

@@ -1,0 +1,390 @@
+"""From a prompt to a sound: papers, section 4; P2 appendix E for image-to-image.
+
+    x_T ~ N(0, I)                                               from (seed, number of the sample)
+    ε   = ε_θ(x_t, t, ∅) + s·(ε_θ(x_t, t, y) − ε_θ(x_t, t, ∅))  guidance, s = 6.5
+    x_0 = sampler(ε, x_T)                                       PNDM, 45 steps
+    wave = decode(x_0·std + mean)                               10.08 s at 16 kHz
+
+y is the prompt, ∅ the empty text or the negative prompt. Image-to-image takes only the last share
+`strength` of the steps, from a recording's latent noised up to there: near 0 it gives the recording
+back; at 1 it takes all steps, from x_T as without a recording, and nothing of it is left.
+
+    python sample.py "dog barking"                              the tiny model; dog_barking.wav
+    python sample.py "rain" "a cat meowing" -n 4 --seed 1 --out sounds
+    torchrun --nproc_per_node 8 sample.py --prompts test.csv --model runs/paper/model --out sounds
+
+or from Python:
+
+    from sample import generate, load_model
+    model = load_model("tiny/model")
+    waves = generate(model, ["dog barking"], seed=0)            # [1, 161280]
+
+The same seed gives the same noise, bit for bit, whatever the batch size, the number of ranks or the
+device, and so the same sound up to rounding (to the bit at an equal batch size on the same CPU). A
+WAV's comment holds prompt, number and settings: `generate` with indices=[number] makes it again by
+itself. An empty prompt is allowed: what comes is any sound.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import diffusion
+import latents
+from captions import TextEncoder
+from latents import CLIP_SAMPLES, SAMPLE_RATE
+from unet import UNet
+
+TINY = Path(__file__).resolve().parent / "tiny" / "model"
+MAX_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
+PROMPT_KEYS, NAME_KEYS = ("prompt", "caption", "captions"), ("name", "file", "youtube_id")
+
+
+@dataclass
+class Model:
+    """A model folder, loaded: all that stands between a prompt and a sound."""
+
+    unet: UNet
+    encoder: TextEncoder
+    codec: latents.EncodecCodec | latents.MelCodec
+    stats: latents.LatentStats
+    alphas_cumprod: Tensor  # of the noise schedule
+    prediction: str  # what the U-Net predicts: "eps" or "v"
+    guidance: float  # the scale to use when nobody says
+    device: torch.device
+
+
+def load_model(
+    folder: str | Path = TINY, device: str | None = None, encodec_weights: str | None = None
+) -> Model:
+    """Load a model folder (train.py writes them) onto "cpu" or "cuda" (None: cuda if there is).
+
+    FileNotFoundError or ValueError, one line, if it isn't one or its parts don't fit together.
+    """
+    folder, device = Path(folder).resolve(), latents.pick_device(device)
+    if not (folder / "model.json").is_file():
+        raise FileNotFoundError(f"{folder}: not a model folder (there is no model.json)")
+    try:
+        about = json.loads((folder / "model.json").read_bytes())
+        text = about["text_encoder"], int(about["max_length"]), about["mask"]
+        codec, prediction = dict(about["codec"]), {"eps": "eps", "v": "v"}[about["prediction"]]
+        alphas_cumprod = diffusion.SCHEDULES[about["schedule"]]()
+        alphas_cumprod = diffusion.shifted(alphas_cumprod, about.get("schedule_shift", 1)).to(
+            device
+        )
+        guidance = float(about.get("guidance", 6.5))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{folder}/model.json: damaged, or not of a model folder ({e!r})") from e
+    encoder = TextEncoder(*text, device=device)
+    codec = latents.load_codec(codec, device, encodec_weights)
+    unet = UNet.from_pretrained(folder / "unet").eval().requires_grad_(False)
+    stats = latents.LatentStats.load(folder / "latent_stats.safetensors")
+
+    c, shapes = unet.config, [list(stats.mean.shape), list(stats.std.shape)]
+    if not c.in_channels == c.out_channels == codec.channels or shapes != [[codec.channels]] * 2:
+        raise ValueError(
+            f"{folder}: its parts don't fit together: the codec has {codec.channels} channels, the "
+            f"U-Net {c.in_channels} in and {c.out_channels} out, the statistics {shapes}"
+        )
+    if encoder.dim != (c.text_dim or c.cross_attention_dim):
+        raise ValueError(f"{folder}: its U-Net is not for text states {encoder.dim} wide")
+    unet.to(device, memory_format=torch.channels_last)
+    return Model(unet, encoder, codec, stats, alphas_cumprod, prediction, guidance, device)
+
+
+def noise_generators(seed: int, indices: list[int]) -> list[torch.Generator]:
+    """A CPU generator for each sample, from (seed, number of the sample) and nothing else."""
+    states = [np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] for i in indices]
+    return [torch.Generator().manual_seed(int(s) % 2**63) for s in states]
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompts: list[str],
+    *,
+    seed: int = 0,
+    steps: int = 45,
+    guidance: float | None = None,
+    sampler: str = "pndm",
+    negative: str = "",
+    init_audio: Tensor | None = None,
+    strength: float = 0.8,
+    batch_size: int = 8,
+    indices: list[int] | None = None,
+    precision: str = "bf16",
+    progress: bool = False,
+) -> Tensor:
+    """Sounds for `prompts`: float32 [N, 161280] at 16 kHz, on the CPU.
+
+    seed, indices: sample i's noise comes from (seed, indices[i]); indices default to 0 … N−1.
+    guidance: the scale s, 0: ignore the prompt, 1: no guidance; None: the model folder's own.
+    negative: prompt to lead away from. sampler: "pndm", "ddim" or "ddpm". precision: "bf16" or
+    "fp32", of the U-Net. init_audio: samples at 16 kHz to start from, with strength above 0 … 1:
+    the share of the steps to take. ValueError for what can't be done.
+    """
+    guidance = model.guidance if guidance is None else guidance
+    indices = list(range(len(prompts)) if indices is None else indices)
+    samplers = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.ddpm}
+    if isinstance(prompts, str) or not 0 < len(prompts) == len(indices):
+        raise ValueError(f"expected a list of prompts, as long as indices, not {prompts!r:.60}")
+    if sampler not in samplers:
+        raise ValueError(f"sampler {sampler!r}: expected one of {', '.join(samplers)}")
+    if not 0 <= guidance < np.inf:
+        raise ValueError(f"guidance {guidance}: expected 0 or more, the papers use 3.5 to 7.5")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength}: expected above 0 (the recording) to 1 (pure noise)")
+    timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), steps)
+    x_init = None
+    if init_audio is not None and strength < 1:
+        timesteps = timesteps[-max(1, round(strength * steps)) :]
+        stored = model.codec.encode(latents.to_clips(init_audio).to(model.device))
+        x_init = model.stats.normalize(model.codec.dequantize(stored))  # [1, C, 504]
+
+    batches = range(0, len(prompts), batch_size)
+    calls = (len(timesteps) + (sampler == "pndm")) * len(batches)
+    bar = tqdm(total=calls, unit="step", leave=False, disable=None if progress else True)
+    waves = []
+    for start in batches:
+        texts = list(prompts[start : start + batch_size])
+        generators = noise_generators(seed, indices[start : start + batch_size])
+        shape = (len(texts), model.codec.channels, *latents.GRID)
+        x = diffusion.randn_like(torch.empty(shape, device=model.device), generators)
+        if x_init is not None:
+            t = torch.tensor(timesteps[:1], device=model.device)
+            x = diffusion.add_noise(latents.to_grid(x_init), x, t, model.alphas_cumprod)
+
+        # One call of the network a step: first half of the batch without, second with the prompt.
+        text, mask = model.encoder([negative] * len(texts) + texts)
+        text = text.float()  # on CUDA the encoder gives bf16
+
+        def network(x_t: Tensor, t: int, text=text, mask=mask) -> Tensor:
+            bar.update()
+            autocast = torch.autocast(model.device.type, torch.bfloat16)
+            with autocast if precision == "bf16" else nullcontext():
+                x_t = x_t.contiguous(memory_format=torch.channels_last)
+                return model.unet(x_t, t, text, mask).float()
+
+        eps = diffusion.predicts_eps(network, model.prediction, model.alphas_cumprod)
+        eps = diffusion.guided(eps, guidance)
+        options = {"generator": generators} if sampler == "ddpm" else {}
+        x_0 = samplers[sampler](eps, x, model.alphas_cumprod, steps, timesteps=timesteps, **options)
+        z = model.stats.denormalize(latents.to_sequence(x_0))  # [B, C, 504]
+        waves.append(model.codec.decode(z).float().cpu())
+    bar.close()
+    return torch.cat(waves)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def cut(text: str, size: int) -> str:
+    """As many whole characters as fit into `size` bytes."""
+    return text.encode()[:size].decode(errors="ignore")
+
+
+def safe_name(text: str, given: bool = False) -> str:
+    """A file name for any prompt: lower case, letters and digits of any script, "sound" if there
+    are none. One that was `given` keeps its case, dots and hyphens: YouTube's ids need them."""
+    if given:
+        name = re.sub(r"[^\w.-]+", "_", re.split(r"[/\\]", text)[-1]).lstrip(".")
+        name = re.sub(r"\.(wav|flac|ogg|mp3|m4a)$", "", name, flags=re.I)
+    else:
+        name = cut(re.sub(r"[\W_]+", "_", text.lower()).strip("_"), 60).rstrip("_")
+    return cut(name, 200) or "sound"
+
+
+def free_path(path: Path, taken: Collection[Path] = ()) -> Path:
+    """`path`, or the first of path-2, path-3, … that is not taken, and whose PNG isn't either."""
+    first, n = path, 1
+    while path in taken or path.exists() or path.with_suffix(".png").exists():
+        n += 1
+        path = first.with_stem(f"{first.stem}-{n}")
+    return path
+
+
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """(file name, prompt) pairs from a text file (a prompt a line), a CSV or a JSONL file.
+
+    CSV and JSONL: `prompt`, `caption` or `captions`; `name`, `file` or `youtube_id` if files are to
+    be called by it. Of prompts with one name the first is taken, and a warning says so: AudioCaps'
+    test.csv has five captions a clip. ValueError names the record that is wrong.
+    """
+    kind, pairs = path.suffix.lower(), {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = [line.strip() for line in text.split("\n") if line.strip()]
+        if kind == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text)))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path}: can't be read as a list of prompts ({e})") from e
+    for number, row in enumerate(rows, 1):
+        try:
+            if kind != ".csv":
+                row = json.loads(row) if kind in (".jsonl", ".json") else {"prompt": row}
+            name, prompt = (
+                next((row[key] for key in keys if row.get(key) is not None), None)
+                for keys in (NAME_KEYS, PROMPT_KEYS)
+            )
+            name = None if name == "" else name
+            prompt = prompt[0] if isinstance(prompt, list) else prompt
+            if not isinstance(prompt, str) or None in row:
+                raise ValueError("more fields than columns" if None in row else "no prompt")
+        except (ValueError, AttributeError, IndexError) as e:
+            expected = f"one of {', '.join(PROMPT_KEYS)} and perhaps of {', '.join(NAME_KEYS)}"
+            raise ValueError(f"{path}, record {number}: {e}; expected {expected}") from e
+        file_name = safe_name(prompt) if name is None else safe_name(str(name), given=True)
+        pairs.setdefault(number if name is None else str(name), (file_name, prompt))
+    if not pairs:
+        raise ValueError(f"{path}: no prompts in it")
+    if len(pairs) < len(rows):
+        first = f"{len(rows)} prompts for {len(pairs)} names, the first of each is taken"
+        warnings.warn(f"{path}: {first}", stacklevel=2)
+    return list(pairs.values())
+
+
+def save_spectrogram(path: Path, wave: Tensor, title: str) -> None:
+    """A PNG: level in dB over time and frequency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    window = torch.hann_window(1024)
+    spectrum = torch.stft(wave, 1024, 256, window=window, pad_mode="constant", return_complex=True)
+    decibel = 20 * torch.log10(spectrum.abs().clamp(min=1e-4))
+    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+    extent, top = (0, len(wave) / SAMPLE_RATE, 0, SAMPLE_RATE / 2000), decibel.max().item()
+    axis.imshow(decibel, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top)
+    axis.set_title(title[:80], parse_math=False)  # or "$" would begin a formula
+    axis.set(xlabel="seconds", ylabel="kHz")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    plt.close(figure)
+    latents.write_aside(path, buffer.getvalue())
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("prompt", nargs="*", help="what to hear; several make several files")
+    add("--prompts", type=Path, help="file of prompts: text (one a line), CSV or JSONL")
+    add("--model", type=Path, default=TINY, help="model folder [tiny/model]")
+    add("--out", type=Path, default=Path("."), help="folder, or a .wav for a single sound [.]")
+    add("-n", type=int, default=1, help="sounds for each prompt [1]")
+    add("--seed", type=int, default=0, help="same seed, same noise [0]")
+    add("--steps", type=int, default=45, help="denoising steps: more are slower, finer [45]")
+    add("--guidance", type=float, help="the scale s: how closely to follow the prompt, at the cost "
+        "of variety; 1 is no guidance [what the model folder says, else 6.5]")  # fmt: skip
+    add("--sampler", choices=("pndm", "ddim", "ddpm"), default="pndm", help="[pndm]")
+    add("--negative", default="", help="prompt to lead away from")
+    add("--seconds", type=float, default=MAX_SECONDS, help="crop to this length [10.08, the most]")
+    add("--init-audio", type=Path, help="recording to start from (image-to-image)")
+    add("--strength", type=float, default=0.8, help="how far from it: 1 forgets it [0.8]")
+    add("--spectrogram", action="store_true", help="write a PNG beside each WAV")
+    add("--batch-size", type=int, default=8, help="sounds at a time [8]")
+    add("--device", help="cpu or cuda [cuda where there is one]")
+    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the U-Net [bf16]")
+    add("--encodec-weights", help="EnCodec's weights, for models that decode with it")
+    args = parser.parse_args(arguments)
+    if bool(args.prompt) == bool(args.prompts):
+        parser.error('say what to hear: python sample.py "dog barking", or --prompts FILE')
+    if args.n < 1 or args.batch_size < 1 or args.seed < 0:
+        parser.error("-n and --batch-size are 1 or more, --seed is 0 or more")
+    if not 1 / SAMPLE_RATE <= args.seconds <= MAX_SECONDS:
+        parser.error(f"--seconds {args.seconds}: expected above 0, at most {MAX_SECONDS}")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    pairs = read_prompts(args.prompts) if args.prompts else [(safe_name(p), p) for p in args.prompt]
+    if not all(prompt.strip() for _, prompt in pairs):
+        warnings.warn("an empty prompt: what comes is any sound", stacklevel=2)
+    names, prompts = zip(*[pair for pair in pairs for _ in range(args.n)], strict=True)
+    # What isn't Unicode, half of a \ud83d\udc36, becomes "?": no tokenizer takes it.
+    prompts = [prompt.encode(errors="replace").decode() for prompt in prompts]
+
+    folder, paths = args.out, {}
+    if folder.suffix.lower() == ".wav":
+        if len(prompts) > 1:
+            raise ValueError(f"--out {folder}: one file for {len(prompts)} sounds: give a folder")
+        folder, names = folder.parent, [folder.stem]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise OSError(f"--out {folder}: not a folder to write to ({e.strerror})") from e
+    for name in names:
+        paths[free_path(folder / f"{name}.wav", paths)] = name
+    paths = list(paths)
+    if ranks > 1:  # rank 0 looked before there was any sound of this run: all take its names
+        dist.init_process_group("gloo")
+        dist.broadcast_object_list(paths)
+
+    init_audio = latents.load_audio(args.init_audio, MAX_SECONDS) if args.init_audio else None
+    model = load_model(args.model, args.device, args.encodec_weights)
+    args.guidance = model.guidance if args.guidance is None else args.guidance
+    keys = ("seed", "steps", "guidance", "sampler", "negative", "strength", "precision")
+    settings = {key: getattr(args, key) for key in keys}
+    # Cut: libsndfile reads back 2,000 bytes at most, and the text encoder takes 50 tokens or so.
+    about = settings | {"negative": cut(args.negative, 300)}
+    about["model"] = "/".join(args.model.resolve().parts[-2:])
+    about["init_audio"] = args.init_audio and args.init_audio.name
+
+    mine = list(range(rank, len(prompts), ranks))
+    batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    for batch in tqdm(batches, unit="batch", disable=rank > 0 or len(batches) < 2):
+        settings |= {"indices": batch, "batch_size": len(batch), "progress": rank == 0}
+        waves = generate(model, [prompts[i] for i in batch], init_audio=init_audio, **settings)
+        for i, wave in zip(batch, waves[:, : round(args.seconds * SAMPLE_RATE)], strict=True):
+            comment = {"prompt": cut(prompts[i], 600), "sample": i, **about}
+            path = free_path(paths[i])  # another command may write to this folder, too
+            path.touch(exist_ok=False)
+            try:
+                latents.save_audio(path, wave, json.dumps(comment, ensure_ascii=False))
+            except OSError as e:
+                raise OSError(f"{path}: not written ({e.strerror})") from e
+            finally:
+                if path.stat().st_size == 0:
+                    path.unlink()
+            if args.spectrogram:
+                save_spectrogram(path.with_suffix(".png"), wave, prompts[i])
+            tqdm.write(str(path))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda text, *_: tqdm.write(f"warning: {text}", file=sys.stderr)
+        try:
+            run(args)
+        except (ValueError, OSError, torch.OutOfMemoryError) as e:
+            sys.exit(f"error: {e}")
+        except KeyboardInterrupt:
+            sys.exit("\ninterrupted: the sounds written so far are whole")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
