@@ -604,10 +604,10 @@ def train(c: Config) -> Path:
                 if "val_loss" in entry:
                     bins = " ".join(f"{b:.3f}" for b in entry["val_loss_bins"])
                     bar.write(f"step {run.step}: val loss {entry['val_loss']:.4f} (by t: {bins})")
-                if c.sample_every and (last or run.step % c.sample_every == 0):
-                    run.write_sample()
                 if last or run.step % c.checkpoint_every == 0:
                     run.save()
+                if c.sample_every and (last or run.step % c.sample_every == 0):
+                    run.write_sample()
     bar.close()
     return run.out / "model"
 

@@ -700,9 +700,9 @@ def test_the_model_folder(whole, small):
         "codec": MelCodec().settings(),
         "sample_rate": 16_000,
         "schedule": "cosine",
-        "schedule_shift": 0.2,
+        "schedule_shift": Config().schedule_shift,
         "prediction": "v",
-        "guidance": 3.0,
+        "guidance": Config().guidance,
         "trained_on": {"data": "data", "clips": 20, "steps": 8, "global_batch": 4, "init": None},
     }
     stats = LatentStats.load(whole / "model/latent_stats.safetensors")
