@@ -741,7 +741,7 @@ def test_mistakes_get_one_line(sounds, tmp_path, monkeypatch):
     for args, complaint in (
         (["encode", tmp_path / "gone", *command[2:], out], "no such folder"),
         (["encode", sounds, tmp_path / "gone.csv", *command[3:], out], "gone.csv"),
-        ([*command, out, "--device", "cuda"], "no CUDA"),
+        ([*command, out, "--device", "cuda"], "PyTorch finds only cpu"),
         ([*command, out, "--batch-size", 0], "1 or more"),
         ([*command, tmp_path / "file"], "File exists"),
         ([*command, out, "--codec", "encodec", "--encodec-weights", tmp_path / "w.th"], "w.th"),
