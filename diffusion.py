@@ -161,8 +161,9 @@ def timestep_sequence(num_steps: int, steps: int) -> list[int]:
 def steps_and_targets(
     alphas_cumprod: Tensor, steps: int, timesteps: Sequence[int] | None
 ) -> list[tuple[int, int]]:
-    """(t, next t) of each step. The last step ends at t = 0, that is at ᾱ_0, not at 1, as in
-    Stable Diffusion v1.4 (diffusers' `set_alpha_to_one=False`)."""
+    """(t, next t) of each step. Where `timesteps` are given, `steps` isn't looked at. The last step
+    ends at t = 0, that is at ᾱ_0, not at 1, as in Stable Diffusion v1.4 (diffusers'
+    `set_alpha_to_one=False`)."""
     num_steps = len(alphas_cumprod)
     ts = timestep_sequence(num_steps, steps) if timesteps is None else list(map(int, timesteps))
     if not ts or ts != sorted(set(ts), reverse=True) or ts[0] >= num_steps or ts[-1] < 0:
@@ -219,6 +220,8 @@ def ddim(
     timesteps: Sequence[int] | None = None,
 ) -> Tensor:
     """DDIM, eq. 12. eta = 0: deterministic; eta = 1: as noisy as DDPM. x_T [B, C, H, W] noise."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta}: expected 0 (deterministic) to 1 (as noisy as DDPM)")
     a, x_t = alphas_cumprod.tolist(), x_T
     for t, t_next in steps_and_targets(alphas_cumprod, steps, timesteps):
         eps = eps_model(x_t, t)

@@ -124,7 +124,7 @@ class LatentStats:
         """Read what `save` wrote. FileNotFoundError, or ValueError for any other file."""
         try:
             tensors = safetensors.torch.load_file(path)
-            return cls(tensors["mean"], tensors["std"], int(tensors["count"]))
+            return cls(tensors["mean"], tensors["std"], int(tensors.get("count", 0)))
         except (safetensors.SafetensorError, KeyError) as e:
             raise ValueError(f"{path}: not a file of latent statistics ({e})") from e
 
@@ -340,7 +340,7 @@ def load_audio(path: str | Path, seconds: float | None = None) -> Tensor:
             # A little more than wanted, so that the resampling filter doesn't hear the cut.
             frames = -1 if seconds is None else int((seconds + 0.1) * rate)
             samples = file.read(frames, dtype="float32", always_2d=True)  # [samples, channels]
-    except (soundfile.LibsndfileError, MemoryError) as e:
+    except (soundfile.LibsndfileError, MemoryError, TypeError) as e:  # TypeError: a .raw file
         raise ValueError(f"{path}: can't be read as audio ({e})") from e
     if len(samples) == 0:
         raise ValueError(f"{path}: empty, there are no samples")
@@ -660,7 +660,10 @@ class LatentDataset:
         shard = int(self._shard_of(np.asarray(i)))
         with open(self.folder / f"shard-{shard:05d}.jsonl", "rb") as file:
             file.seek(self._offsets[i])
-            return json.loads(file.readline())
+            try:
+                return json.loads(file.readline())
+            except ValueError as e:
+                raise ValueError(f"{file.name}: damaged at clip {i} ({e})") from e
 
     def label_ids(self, i: int) -> list[int]:
         """Clip i's labels, as numbers of `labels`."""

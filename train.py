@@ -37,6 +37,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ from tqdm import tqdm
 import diffusion
 from captions import MASKS, TextEncoder
 from latents import (
+    GRID,
+    SAMPLE_RATE,
     LatentDataset,
     LatentStats,
     load_codec,
@@ -193,14 +196,15 @@ class Run:
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(c.device)
         if self.ranks > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))  # composing takes a while
         self.c, self.out = c, Path(c.out)
         self.global_batch = c.batch_size * c.accumulate * self.ranks
 
         # Data: stored integers, their statistics and their captions.
         data, val_data = c.data, c.val_data
         if not data:
-            data, val_data = str(TINY / "data" / "train"), str(TINY / "data" / "test")
+            data, val_data = str(TINY / "data" / "train"), val_data or str(TINY / "data" / "test")
             self.on_rank_0(compose_tiny)
         self.data = LatentDataset(data)
         self.val = LatentDataset(val_data) if val_data else self.data
@@ -301,7 +305,7 @@ class Run:
         first = (part * self.ranks + self.rank) * c.batch_size
         places = range(first, first + c.batch_size)
         indices = [int(clips[p]) for p in places]
-        shape = (self.codec.channels, 24, 21)
+        shape = (self.codec.channels, *GRID)
         drawn = [
             draw(step, p, self.data.record(i)["captions"], shape, c)
             for p, i in zip(places, indices, strict=True)
@@ -321,6 +325,7 @@ class Run:
         if c.prediction == "v":
             target = diffusion.velocity(x_0, noise, t, self.alphas_cumprod)
         text, text_mask = self.encoder(captions)
+        text = text.float()  # on CUDA the encoder gives bf16
         with self.autocast():
             predicted = model(x_t, t, text, text_mask, c.gradient_checkpointing)
         return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
@@ -387,7 +392,7 @@ class Run:
             for q in range(4):
                 rngs = [np.random.default_rng((self.c.seed, 3, q, i)) for i in indices]
                 t = torch.tensor([rng.integers(250 * q, 250 * (q + 1)) for rng in rngs])
-                shape = (self.codec.channels, 24, 21)
+                shape = (self.codec.channels, *GRID)
                 noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
                 noise = torch.from_numpy(noise)
                 losses = self.loss(self.ema, stored, captions, t, noise)
@@ -402,7 +407,8 @@ class Run:
     def write_sample(self) -> None:
         """What the EMA weights make of the sample prompt: always the same noise, PNDM, 45 steps."""
         text, mask = self.encoder(["", self.c.sample_prompt])
-        shape = (1, self.codec.channels, 24, 21)
+        text = text.float()
+        shape = (1, self.codec.channels, *GRID)
         noise = np.random.default_rng((self.c.seed, 4)).standard_normal(shape, dtype=np.float32)
         x_T = torch.from_numpy(noise).to(self.device)
 
@@ -415,7 +421,10 @@ class Run:
         x_0 = diffusion.pndm(eps, x_T, self.alphas_cumprod, 45)
         wave = self.codec.decode(self.stats.denormalize(to_sequence(x_0)))[0]
         (self.out / "samples").mkdir(exist_ok=True)
-        save_audio(self.out / "samples" / f"step-{self.step:07d}.wav", wave)
+        try:
+            save_audio(self.out / "samples" / f"step-{self.step:07d}.wav", wave)
+        except ValueError as e:  # NaN: a bad sample is worth a word, not the run
+            print(f"warning: {e}", file=sys.stderr)
 
     # -- what stays on disk
 
@@ -456,7 +465,7 @@ class Run:
             "max_length": c.max_length,
             "mask": c.mask,
             "codec": self.codec.settings(),
-            "sample_rate": 16_000,
+            "sample_rate": SAMPLE_RATE,
             "schedule": c.schedule,
             "schedule_shift": c.schedule_shift,
             "prediction": c.prediction,
@@ -533,7 +542,7 @@ def check_init(c: Config, codec: dict) -> None:
     names = ("text_encoder", "max_length", "mask", "prediction", "schedule", "schedule_shift")
     mine = {name: getattr(c, name) for name in names} | {"codec": codec}
     try:
-        model = json.loads(path.read_text())
+        model = {"schedule_shift": 1.0} | json.loads(path.read_text())
         differs = [name for name in mine if model[name] != mine[name]]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not of a model folder ({e!r})") from e
@@ -676,6 +685,8 @@ def main(arguments: list[str] | None = None) -> None:
         train(c)
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted: the same command goes on from {c.out}'s newest checkpoint")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: {str(e).splitlines()[0]} Take a smaller --batch-size, with --accumulate")
     except (ValueError, OSError, subprocess.CalledProcessError) as e:
         sys.exit(f"error: {e}" if int(os.environ.get("RANK", 0)) == 0 else 1)
     finally:

@@ -71,6 +71,8 @@ class UNetConfig:
                 f"attention has {len(self.attention)} levels, block_out_channels has "
                 f"{len(self.block_out_channels)}: give one value for each level"
             )
+        if self.num_heads < 1 or self.layers_per_block < 1:
+            raise ValueError("num_heads and layers_per_block must be 1 or more")
         for width in self.block_out_channels:
             if width % 32 or width % self.num_heads:
                 raise ValueError(
@@ -369,7 +371,7 @@ def from_diffusers_config(saved: dict) -> UNetConfig:
     for name, value in FIXED.items():
         if saved.get(name, value) != value:
             raise ValueError(
-                f"config.json: {name} = {saved[name]!r}, but this is the Stable Diffusion v1 U-Net "
+                f"{name} = {saved[name]!r}, but this is the Stable Diffusion v1 U-Net "
                 f"and knows {value!r} only"
             )
     try:
@@ -390,16 +392,16 @@ def from_diffusers_config(saved: dict) -> UNetConfig:
             text_dim=saved.get("encoder_hid_dim"),
         )
     except (KeyError, TypeError) as e:
-        raise ValueError(f"config.json is not of a Stable Diffusion v1 U-Net: see {e}") from e
+        raise ValueError(f"not the config of a Stable Diffusion v1 U-Net: see {e}") from e
 
 
 def load_config(folder_or_hub_id: str | Path) -> UNetConfig:
     """The architecture of a U-Net folder or hub id."""
     path = find_unet_folder(folder_or_hub_id) / "config.json"
     try:
-        return from_diffusers_config(json.loads(path.read_text()))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: not JSON ({e})") from e
+        return from_diffusers_config(dict(json.loads(path.read_text())))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}: {e}") from e
 
 
 def find_unet_folder(folder_or_hub_id: str | Path) -> Path:
@@ -414,9 +416,15 @@ def find_unet_folder(folder_or_hub_id: str | Path) -> Path:
         )
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
-    patterns = [f"unet/{name}" for name in ("config.json", f"{WEIGHTS}.safetensors")]
     try:
-        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=patterns)) / "unet"
+        for suffix in ("safetensors", "bin"):  # the second only where there is no first
+            patterns = ["unet/config.json", f"unet/{WEIGHTS}.{suffix}"]
+            folder = (
+                Path(snapshot_download(str(folder_or_hub_id), allow_patterns=patterns)) / "unet"
+            )
+            if (folder / f"{WEIGHTS}.{suffix}").is_file():
+                break
+        return folder
     except Exception as e:  # the hub's many errors mean one thing to the user
         raise FileNotFoundError(
             f"{folder_or_hub_id}: neither a local folder nor to be had from the Hugging Face hub "

@@ -341,3 +341,9 @@ def test_a_shift_is_a_scaling_of_the_signal():
     )
     torch.testing.assert_close(shifted(COSINE, 1.0), COSINE)
     assert ((0 < moved) & (moved < COSINE)).all() and (moved.diff() < 0).all()
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5])
+def test_impossible_eta(eta):
+    with pytest.raises(ValueError, match="expected 0"):
+        ddim(network, noise(), COSINE, 10, eta=eta)

@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 import transformers
@@ -760,3 +761,14 @@ def test_as_a_script(tmp_path):
     assert (
         process.stderr == f"error: {tmp_path}: not a stored data set (there is no dataset.json)\n"
     )
+
+
+def test_headerless_audio_is_refused(tmp_path):
+    (tmp_path / "x.raw").write_bytes(bytes(1000))  # libsndfile would have to be told the rate
+    with pytest.raises(ValueError, match="can't be read as audio"):
+        load_audio(tmp_path / "x.raw")
+
+
+def test_statistics_without_a_count(tmp_path):
+    safetensors.torch.save_file({"mean": torch.zeros(3), "std": torch.ones(3)}, tmp_path / "s")
+    assert LatentStats.load(tmp_path / "s").count == 0

@@ -428,8 +428,8 @@ def test_seconds(main, here):
 
 def test_spectrogram(main, here, capsys):
     (here / "dog.png").write_bytes(b"mine")
-    main("dog", "costs $5 or ${", "--spectrogram", "--seconds", 0.01)
-    assert names(here) == ["costs_5_or.png", "costs_5_or.wav", "dog-2.png", "dog-2.wav", "dog.png"]
+    main("dog", "$\\frac$ of a $", "--spectrogram", "--seconds", 0.01)  # no formula
+    assert names(here) == ["dog-2.png", "dog-2.wav", "dog.png", "frac_of_a.png", "frac_of_a.wav"]
     assert (here / "dog.png").read_bytes() == b"mine"
     image = imread(here / "dog-2.png")
     assert image.shape[0] > 200 and image.shape[1] > 500 and image.std() > 0.05
@@ -621,6 +621,21 @@ def test_two_ranks_write_what_one_writes(main, here, folders, monkeypatch):
     assert sorted(done.stdout.split()) == [f"two/{n}" for n in expected if n != "dog.wav"]
     for name in expected:
         assert (here / "one" / name).read_bytes() == (here / "two" / name).read_bytes(), name
+
+
+def test_a_rank_takes_the_names_that_rank_0_gives(main, here, monkeypatch):
+    """It may have seen rank 0's first sounds already, and would have named its own otherwise."""
+    (here / "rain.wav").touch()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sample.dist, "init_process_group", lambda backend: None)
+
+    def from_rank_0(paths):
+        paths[:] = [Path("dog.wav"), Path("as rank 0 says.wav")]
+
+    monkeypatch.setattr(sample.dist, "broadcast_object_list", from_rank_0)
+    main("dog", "rain")
+    assert names(here) == ["as rank 0 says.wav", "rain.wav"]
 
 
 def test_the_script_fails_in_one_line(here):

@@ -235,7 +235,7 @@ def test_missing_and_unexpected_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [{"use_linear_projection": True}, {"act_fn": "gelu"}, {"attention_head_dim": [5, 10, 20]},
-     {"down_block_types": ["KDownBlock2D"] * 3}, {"in_channels": None}],
+     {"attention_head_dim": 0}, {"down_block_types": ["KDownBlock2D"] * 3}, {"in_channels": None}],
 )  # fmt: skip
 def test_other_architectures_are_refused(change, tmp_path):
     config = to_diffusers_config(SMALL) | change
@@ -243,6 +243,13 @@ def test_other_architectures_are_refused(change, tmp_path):
         del config["in_channels"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config.json"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "null", '"text"'])
+def test_a_config_that_is_none(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json: "):
         load_config(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Scenes composed from the recordings of `tiny/`, written as an ordinary stored data set.
 
-A few thousand short recordings are too little to train on as they are: a dog barks for half a
+Some hundreds of short recordings are too little to train on as they are: a dog barks for half a
 second, and a clip has ten. So a scene is composed: one to three labels, each a *layer* of *events*
 (a recording, or a part of one, at a start, a level and a pitch), every layer with its own filter,
 all of them in one room, sometimes over a faint noise. AudioSet's labels are weak (what is heard,
