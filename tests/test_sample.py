@@ -428,8 +428,8 @@ def test_seconds(main, here):
 
 def test_spectrogram(main, here, capsys):
     (here / "dog.png").write_bytes(b"mine")
-    main("dog", "$\\frac$ of a $", "--spectrogram", "--seconds", 0.01)  # no formula
-    assert names(here) == ["dog-2.png", "dog-2.wav", "dog.png", "frac_of_a.png", "frac_of_a.wav"]
+    main("dog", "$\\frac$ coins", "--spectrogram", "--seconds", 0.01)  # no formula
+    assert names(here) == ["dog-2.png", "dog-2.wav", "dog.png", "frac_coins.png", "frac_coins.wav"]
     assert (here / "dog.png").read_bytes() == b"mine"
     image = imread(here / "dog-2.png")
     assert image.shape[0] > 200 and image.shape[1] > 500 and image.std() > 0.05
