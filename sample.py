@@ -79,7 +79,7 @@ def load_model(
     """
     folder, device = Path(folder).resolve(), latents.pick_device(device)
     if not (folder / "model.json").is_file():
-        raise FileNotFoundError(f"{folder}: not a model folder (there is no model.json)")
+        raise FileNotFoundError(f"{folder}: not a model folder (no model.json); train.py makes one")
     try:
         about = json.loads((folder / "model.json").read_bytes())
         text = about["text_encoder"], int(about["max_length"]), about["mask"]
