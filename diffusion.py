@@ -16,7 +16,8 @@ A sampler walks from x_T, pure noise, to x_0. It is one function with one loop:
     x_0 = pndm(eps_model, x_T, alphas_cumprod, steps)   where eps_model(x_t, t: int) → ε
 
 and knows neither text nor guidance nor what the network predicts: those are wrapped around the
-network first (`guided`, `predicts_eps`). Departure from the papers: v-prediction, as an option.
+network first (`guided`, `predicts_eps`). Departures from the papers, as options: v-prediction and
+`shifted` schedules.
 """
 
 import math

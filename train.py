@@ -14,7 +14,8 @@ place in the global batch) and of nothing else. So a run is the same on any numb
 that was killed goes on, from its newest checkpoint, as if nothing had happened.
 
 Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
-the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling.
+the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling; and for
+the tiny model v-prediction and a shifted noise schedule.
 
     RUN/model/          the result: what sample.py --model takes
     RUN/checkpoints/    the last two; start the same command again to go on

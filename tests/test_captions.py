@@ -38,12 +38,7 @@ CAPTIONS = ["a dog barking", "rain", "", "a man speaks while music plays"]
 KINDS = ("t5", "clap", "clip", "bert")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbered(pieces):

@@ -41,12 +41,7 @@ TIMINGS = ("samples_per_second", "memory_gib")
 EIGHT = "--steps 8 --checkpoint-every 3 --frozen-steps 4 --validate-every 4".split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
