@@ -326,11 +326,11 @@ def load_codec(
 # ---------------------------------------------------------------------------------- audio files
 
 
-def load_audio(path: str | Path, seconds: float | None = None) -> Tensor:
-    """Any file that libsndfile reads -> 16 kHz mono, float32 [samples]; channels are averaged.
+def read_audio(path: str | Path, seconds: float | None = None) -> tuple[Tensor, int]:
+    """Any file that libsndfile reads -> float32 [samples, channels], and its sample rate in Hz.
 
-    `seconds`: read no more than that. FileNotFoundError; ValueError for a file that is no audio, is
-    empty, has NaN or infinite samples or a rate outside 1,000 to 768,000 Hz.
+    `seconds`: read little more than that. FileNotFoundError; ValueError for a file that is no
+    audio, is empty, has NaN or infinite samples or a rate outside 1,000 to 768,000 Hz.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -348,12 +348,25 @@ def load_audio(path: str | Path, seconds: float | None = None) -> Tensor:
         raise ValueError(f"{path}: has NaN or infinite samples")
     if not 1_000 <= rate <= 768_000:
         raise ValueError(f"{path}: {rate} samples a second; expected 1,000 to 768,000")
-    # torchaudio's filters grow with the terms of the ratio (44,101 : 16,000 would take gigabytes),
-    # so we round terms above 1,000. Usual rates stay exact, others are 0.05 % off at worst.
-    ratio = Fraction(rate, SAMPLE_RATE)
-    ratio = ratio.limit_denominator(1000 * SAMPLE_RATE // max(rate, SAMPLE_RATE))
-    wave = torch.from_numpy(samples).mean(dim=1)
-    wave = AF.resample(wave, ratio.numerator, ratio.denominator)
+    return torch.from_numpy(samples), rate
+
+
+def resample(wave: Tensor, rate: int, to: int = SAMPLE_RATE) -> Tensor:
+    """[..., samples] at `rate` Hz -> at `to` Hz: torchaudio's windowed sinc."""
+    # Its filters grow with the terms of the ratio (44,101 : 16,000 would take gigabytes), so we
+    # round terms above 1,000. Usual rates stay exact, others are 0.05 % off at worst.
+    ratio = Fraction(rate, to)
+    ratio = ratio.limit_denominator(1000 * to // max(rate, to))
+    return AF.resample(wave, ratio.numerator, ratio.denominator)
+
+
+def load_audio(path: str | Path, seconds: float | None = None) -> Tensor:
+    """Any file that libsndfile reads -> 16 kHz mono, float32 [samples]; channels are averaged.
+
+    `seconds`: no more than that. Errors are those of `read_audio`.
+    """
+    samples, rate = read_audio(path, seconds)
+    wave = resample(samples.mean(dim=1), rate)
     return wave if seconds is None else wave[: round(seconds * SAMPLE_RATE)]
 
 
