@@ -155,6 +155,19 @@ def _rows(x: Tensor, least: int) -> Tensor:
 # ---- the classifier ------------------------------------------------------------------------------
 
 
+def mel_matrix() -> Tensor:
+    """[257, 64]: the energy of 64 bands (50 Hz to 8 kHz, Slaney's scale and norm) from FFT bins."""
+    return AF.melscale_fbanks(257, 50, 8000, 64, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+
+
+def log_mel(wave: Tensor, mel: Tensor) -> Tensor:
+    """16 kHz [B, samples] -> dB [B, frames, 64], a frame every 10 ms."""
+    window = torch.hann_window(512, dtype=wave.dtype, device=wave.device)
+    spectrum = torch.stft(wave, 512, 160, window=window, pad_mode="reflect", return_complex=True)
+    power = spectrum.abs().square().transpose(1, 2)  # [B, frames, 257]
+    return 10 * (power @ mel).clamp(min=1e-10).log10()
+
+
 class ConvBlock(nn.Module):
     """[B, C, time, mel] -> [B, C', time, mel]: two 3 × 3 convolutions."""
 
@@ -179,26 +192,16 @@ class Cnn14(nn.Module):
     def __init__(self, classes=527, widths=(64, 128, 256, 512, 1024, 2048), labels=None):
         super().__init__()
         self.classes, self.widths, self.labels = classes, tuple(widths), labels
-        mel = AF.melscale_fbanks(257, 50, 8000, 64, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
-        self.register_buffer("mel", mel)  # [257, 64]
-        self.register_buffer("window", torch.hann_window(512), persistent=False)
+        self.register_buffer("mel", mel_matrix())
         self.bn0 = nn.BatchNorm2d(64)
         for i, pair in enumerate(zip((1, *widths), widths, strict=False), 1):
             self.add_module(f"conv_block{i}", ConvBlock(*pair))
         self.fc1 = nn.Linear(widths[-1], widths[-1])
         self.fc_audioset = nn.Linear(widths[-1], classes)
 
-    def log_mel(self, wave: Tensor) -> Tensor:
-        """16 kHz [B, samples] -> dB [B, frames, 64], a frame every 10 ms."""
-        spectrum = torch.stft(
-            wave, 512, 160, window=self.window, pad_mode="reflect", return_complex=True
-        )
-        power = spectrum.abs().square().transpose(1, 2)  # [B, frames, 257]
-        return 10 * (power @ self.mel).clamp(min=1e-10).log10()
-
-    def classify(self, log_mel: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, frames, 64] -> embedding [B, widths[-1]] and logits [B, classes]."""
-        x = self.bn0(log_mel.transpose(1, 2)[..., None])  # normalises each mel band: [B, 64, T, 1]
+    def classify(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """dB [B, frames, 64] -> embedding [B, widths[-1]] and logits [B, classes]."""
+        x = self.bn0(x.transpose(1, 2)[..., None])  # each mel band normalised: [B, 64, T, 1]
         x = x.permute(0, 3, 2, 1)  # [B, 1, T, 64]
         for i in range(1, 7):
             x = getattr(self, f"conv_block{i}")(x)
@@ -211,7 +214,7 @@ class Cnn14(nn.Module):
 
     def forward(self, wave: Tensor) -> tuple[Tensor, Tensor]:
         """16 kHz [B, samples ≥ 32,000] -> embedding and logits."""
-        return self.classify(self.log_mel(wave))
+        return self.classify(log_mel(wave, self.mel))
 
     def save(self, path: str | Path, **metadata: str) -> None:
         """A safetensors file, which `load` reads; the labels go with it."""
