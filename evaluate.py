@@ -299,6 +299,10 @@ def load_sound(path: Path) -> tuple[Tensor, int]:
     return F.pad(wave, (0, max(0, SHORTEST - len(wave)))), rate
 
 
+def file_sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def sounds_of(folder: str | Path) -> dict[str, Path]:
     """The audio files of a folder by name, without suffix. ValueError if there are none, or two of
     one name."""
@@ -563,7 +567,7 @@ def run(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
     classifier = Cnn14.load(args.classifier).to(device)
-    sha256 = hashlib.sha256(args.classifier.read_bytes()).hexdigest()
+    sha256 = file_sha256(args.classifier)
     paths, captions, missing, paired = choose(args)
     names = sorted(paths["generated"])
     sounds = {
@@ -610,7 +614,7 @@ def run(args: argparse.Namespace) -> None:
         "folders": {"generated": str(args.generated), "reference": str(args.reference)},
         "classifier": {"file": args.classifier.name, "sha256": sha256, "sample_rate": SAMPLE_RATE,
                        "classes": classifier.classes, "embedding": width},
-        "versions": {"evaluate.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "versions": {"evaluate.py": file_sha256(__file__),
                      "torch": torch.__version__},
         "command": shlex.join(["python", "evaluate.py", *map(str, args.arguments)]),
     }  # fmt: skip

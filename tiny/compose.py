@@ -133,15 +133,9 @@ def draw_scene(rng: np.random.Generator, recordings: Recordings, name: str = "sc
     labels = [str(x) for x in rng.choice(recordings.names, count, replace=False)]
     is_texture = {x: recordings.wording[x]["plays"] == "texture" for x in labels}
     order = "then" if count == 2 and rng.random() < 0.4 else "together"
-    spans = [(0.0, SECONDS)] * count
-    if order == "then":
-        change = rng.uniform(4.0, 6.0)
-        spans = [(0.0, change), (change, SECONDS)]
-    else:
+    if order == "together":
         labels.sort(key=is_texture.get)  # the last layer is the background: a texture, if any
-    layers = [draw_layer(rng, recordings, x, *span) for x, span in zip(labels, spans, strict=True)]
-    if order == "together" and count > 1:
-        layers[-1]["gain_db"] = uniform(rng, -14, -4)
+    layers = draw_layers(rng, recordings, labels, order)
 
     place = "near"
     if count == 1 and not is_texture[labels[0]]:  # nobody says "rain in a large hall"
@@ -154,6 +148,20 @@ def draw_scene(rng: np.random.Generator, recordings: Recordings, name: str = "sc
     scene["seed"] = int(rng.integers(2**31))  # of the room and the noise
     scene["layers"] = layers
     return scene | {"captions": draw_captions(rng, scene, recordings.wording)}
+
+
+def draw_layers(
+    rng: np.random.Generator, recordings: Recordings, labels: list[str], order: str
+) -> list[dict]:
+    """A layer for each label: one "then" the other, or all "together", the last one softer."""
+    spans = [(0.0, SECONDS)] * len(labels)
+    if order == "then":
+        change = rng.uniform(4.0, 6.0)
+        spans = [(0.0, change), (change, SECONDS)]
+    layers = [draw_layer(rng, recordings, x, *span) for x, span in zip(labels, spans, strict=True)]
+    if order == "together" and len(labels) > 1:
+        layers[-1]["gain_db"] = uniform(rng, -14, -4)
+    return layers
 
 
 def draw_layer(

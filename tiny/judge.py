@@ -1,0 +1,230 @@
+"""How good is the tiny model? Its sounds against held-out recordings, with numbers and controls.
+
+    python -m tiny.judge                                  tiny/model, into runs/judge
+    python -m tiny.judge --model runs/tiny/model --out runs/judge-mine
+
+1. SETS. Scenes of held-out recordings are composed (reference), and for each another one with the
+   same labels from other draws of the held-out recordings (other); the model is asked for the
+   reference's captions (generated). evaluate.py compares the three, with all its controls.
+2. CLASSES. Clips of each class by its plain caption; how often the tagger's first guess, or one of
+   its first five, is the class asked for, beside the same for real held-out clips of that class.
+3. PAIRS. Prompts with two sounds: does the tagger hear both, each more than in nine of ten clips
+   whose prompts don't name it?
+4. NEAREST. For each clip of 2 the nearest training recording, by the cosine of the tagger's
+   embeddings, beside the same for real held-out clips: memorising is seen for what it is.
+
+All of it is in OUT/judge.json; OUT/sets holds evaluate.py's metrics.json. Sounds that are there
+already are not made again, so a command that was stopped goes on.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import evaluate
+from latents import save_audio, write_aside
+from sample import generate, load_model
+from tiny.compose import HERE, Recordings, compose_scene, draw_layers, draw_scenes
+
+SEED = 1  # of the scenes; those of tiny/data/test are seed 0's
+
+
+def other_scene(scene: dict, recordings: Recordings, number: int) -> dict:
+    """A scene of the same labels in the same order, from another draw."""
+    rng = np.random.default_rng([SEED, 1000, number])
+    labels = [layer["label"] for layer in scene["layers"]]
+    layers = draw_layers(rng, recordings, labels, scene["order"])
+    for layer, old in zip(layers, scene["layers"], strict=True):
+        layer["cutoff"] = old["cutoff"]
+    return scene | {"layers": layers, "seed": int(rng.integers(2**31))}
+
+
+def real_scene(label: str, recordings: Recordings, number: int) -> dict:
+    """A scene with one label, near by."""
+    rng = np.random.default_rng([SEED, 2000, recordings.names.index(label), number])
+    scene = draw_scenes(recordings, "test", 1, SEED)[0]
+    scene |= {"labels": [label], "order": "together", "place": "near", "noise_db": None}
+    scene |= {"layers": draw_layers(rng, recordings, [label], "together"), "wet": 0.1}
+    return scene | {"level_db": -18.0, "seed": int(rng.integers(2**31))}
+
+
+def write_scenes(folder: Path, scenes: dict[str, dict], recordings: Recordings) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, scene in tqdm(scenes.items(), desc=folder.name, unit="clip"):
+        if not (folder / f"{name}.wav").exists():
+            save_audio(folder / f"{name}.wav", compose_scene(scene, recordings))
+
+
+def write_generated(folder: Path, prompts: dict[str, str], model, args) -> None:
+    """Clip i comes of (seed, i), whatever is there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [i for i, name in enumerate(prompts) if not (folder / f"{name}.wav").exists()]
+    names, texts = list(prompts), list(prompts.values())
+    options = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
+    starts = range(0, len(todo), args.batch_size)
+    for start in tqdm(starts, desc=folder.name, unit="batch", disable=not todo):
+        batch = todo[start : start + args.batch_size]
+        texts_of = [texts[i] for i in batch]
+        waves = generate(model, texts_of, seed=args.seed, indices=batch, **options)
+        for i, wave in zip(batch, waves, strict=True):
+            save_audio(folder / f"{names[i]}.wav", wave, json.dumps({"prompt": texts[i]}))
+
+
+def ranks(logits: torch.Tensor, labels: list[str], asked: list[str]) -> np.ndarray:
+    """0 where the class asked for is the tagger's first guess, 1 where the second, …"""
+    place = [labels.index(label) for label in asked]
+    own = logits[torch.arange(len(logits)), place][:, None]
+    return (logits > own).sum(1).numpy()
+
+
+def judge(args: argparse.Namespace) -> dict:
+    recordings = Recordings(HERE / "recordings.csv", "test")
+    wording, classes, out = recordings.wording, recordings.names, args.out
+    tagger = evaluate.Cnn14.load(args.classifier)
+    width = tagger.widths[-1]
+    if not tagger.labels or set(classes) - set(tagger.labels):
+        raise ValueError(f"{args.classifier}: doesn't know the tiny world's classes")
+    model = load_model(args.model, args.device)
+
+    def hear(folder: Path) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """Names, embeddings and logits of a folder's sounds."""
+        paths = evaluate.sounds_of(folder)
+        sounds = {name: partial(evaluate.load_sound, path) for name, path in paths.items()}
+        tag = f"judge {evaluate.file_sha256(args.classifier)}"
+        found = evaluate.embed(sounds, lambda w: torch.cat(tagger(w), 1), tag, title=folder.name)
+        return found.names, found.values[:, :width], found.values[:, width:]
+
+    # 1. Sets
+    scenes = {s["id"]: s for s in draw_scenes(recordings, "test", args.scenes, SEED)}
+    captions = {name: scene["captions"][0] for name, scene in scenes.items()}
+    others = {n: other_scene(s, recordings, i) for i, (n, s) in enumerate(scenes.items())}
+    write_scenes(out / "sets" / "reference", scenes, recordings)
+    write_scenes(out / "sets" / "other", others, recordings)
+    write_generated(out / "sets" / "generated", captions, model, args)
+    with open(out / "sets" / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("name", "caption"), *captions.items()])
+    folders = [str(out / "sets" / name) for name in ("generated", "reference", "other")]
+    options = ["--controls", folders[2], "--codec", "mel", "--classifier", str(args.classifier)]
+    evaluate.main([*folders[:2], *options, "--variants", "--out", str(out / "sets")])
+    metrics = json.loads((out / "sets" / "metrics.json").read_text())
+
+    # 2. Classes
+    asked = {f"{k:02d}-{i}": label for k, label in enumerate(classes) for i in range(args.clips)}
+    prompts = {name: wording[label]["plain"] for name, label in asked.items()}
+    real = {
+        name: real_scene(label, recordings, int(name.split("-")[1]))
+        for name, label in asked.items()
+    }
+    write_scenes(out / "classes" / "real", real, recordings)
+    write_generated(out / "classes" / "generated", prompts, model, args)
+    heard = {kind: hear(out / "classes" / kind) for kind in ("generated", "real")}
+    top = {}
+    for kind, (names, _, logits) in heard.items():
+        rank = ranks(logits, tagger.labels, [asked[n] for n in names])
+        of = np.array([asked[n] for n in names])
+        top[kind] = {label: (rank[of == label] < np.array([[1], [5]])).mean(1) for label in classes}
+    rows = {
+        label: {f"{kind} top-{k}": float(top[kind][label][i])
+                for kind in top for i, k in enumerate((1, 5))}
+        for label in classes
+    }  # fmt: skip
+    totals = {key: float(np.mean([row[key] for row in rows.values()])) for key in rows[classes[0]]}
+
+    # 3. Pairs: each class with another, seven places on in the alphabet
+    pairs = {}
+    for k, first in enumerate(classes):
+        second = classes[(k + 7) % len(classes)]
+        pairs[f"pair-{k:02d}"] = (first, second)
+    texts = {
+        name: f"{wording[a]['full']} and {wording[b]['full']}" for name, (a, b) in pairs.items()
+    }
+    write_generated(out / "pairs", texts, model, args)
+    names, _, logits = hear(out / "pairs")
+    everything = torch.cat([logits, heard["generated"][2]])
+    named = [set(pairs[n]) for n in names] + [{asked[n]} for n in heard["generated"][0]]
+    both = []
+    for i, name in enumerate(names):
+        above = []
+        for label in pairs[name]:
+            place = tagger.labels.index(label)
+            without = [j for j, labels in enumerate(named) if label not in labels]
+            bar = everything[without, place].quantile(0.9)
+            above.append(bool(logits[i, place] > bar))
+        both.append(all(above))
+
+    # 4. Nearest training recording
+    training = Recordings(HERE / "recordings.csv", "train")
+    files = [t["file"] for s in training.classes.values() for ts in s.values() for t in ts]
+    sounds = {file: partial(evaluate.load_sound, HERE / file) for file in files}
+    tag = f"judge {evaluate.file_sha256(args.classifier)}"
+    found = evaluate.embed(sounds, lambda w: torch.cat(tagger(w), 1), tag, title="recordings")
+    known = torch.nn.functional.normalize(found.values[:, :width], dim=1)
+    nearest, similarity = {}, {}
+    for kind, (names, embeddings, _) in heard.items():
+        cosine = torch.nn.functional.normalize(embeddings, dim=1) @ known.T
+        best, index = cosine.max(1)
+        similarity[kind] = best.median().item()
+        if kind == "generated":
+            nearest = {
+                n: {"prompt": prompts[n], "recording": found.names[i], "cosine": round(b, 4)}
+                for n, i, b in zip(names, index.tolist(), best.tolist(), strict=True)
+            }
+    return {
+        "model": str(args.model), "classifier": str(args.classifier), "seed": args.seed,
+        "sets": metrics["sets"], "totals": totals, "classes": rows,
+        "pairs heard": float(np.mean(both)), "pairs": dict(zip(texts.values(), both, strict=True)),
+        "median cosine to the nearest training recording": similarity, "nearest": nearest,
+    }  # fmt: skip
+
+
+def show(result: dict) -> None:
+    print(f"{'class':34}{'generated':>16}{'held-out real':>18}   (top-1, top-5)")
+    rows = sorted(result["classes"].items(), key=lambda item: -item[1]["generated top-1"])
+    for label, row in [*rows, ("all", result["totals"])]:
+        cells = [f"{row[f'{kind} top-{k}']:8.2f}" for kind in ("generated", "real") for k in (1, 5)]
+        print(f"{label:34}{''.join(cells[:2]):>16}{''.join(cells[2:]):>18}")
+    print(f"two sounds asked for, both heard: {result['pairs heard']:.0%}")
+    similarity = result["median cosine to the nearest training recording"]
+    print(f"nearest training recording, median cosine: generated {similarity['generated']:.3f}, "
+          f"held-out real {similarity['real']:.3f}")  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=HERE / "model", help="model folder [tiny/model]")
+    add(
+        "--classifier", type=Path, default=evaluate.CLASSIFIER, help="[tiny/classifier.safetensors]"
+    )
+    add("--out", type=Path, default=Path("runs/judge"), help="folder [runs/judge]")
+    add("--scenes", type=int, default=256, help="clips of each of the sets [256]")
+    add("--clips", type=int, default=8, help="clips of each class [8]")
+    add("--seed", type=int, default=0, help="of the generated sounds [0]")
+    add("--steps", type=int, default=45, help="[45]")
+    add("--guidance", type=float, help="[the model's own]")
+    add("--sampler", choices=("pndm", "ddim", "ddpm"), default="pndm", help="[pndm]")
+    add("--batch-size", type=int, default=16, help="sounds at a time [16]")
+    add("--device", help="cpu or cuda [cuda where there is one]")
+    args = parser.parse_args(arguments)
+    if args.scenes < 20 or args.clips < 1:
+        parser.error("--scenes is 20 or more, --clips 1 or more")
+    try:
+        result = judge(args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    show(result)
+    write_aside(args.out / "judge.json", (json.dumps(result, indent=1) + "\n").encode())
+    print(args.out / "judge.json")
+
+
+if __name__ == "__main__":
+    main()
