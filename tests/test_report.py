@@ -1,0 +1,110 @@
+"""appendix/report.py: one page that holds everything it shows."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import soundfile
+from matplotlib.image import imread
+
+from appendix import report
+
+SETS = {
+    "reference": {"N": 3, "IS": 2.0},
+    "generated": {"N": 3, "IS": 1.5, "FD": 12.345, "KL_softmax": 0.5, "KL_sigmoid": 0.2},
+    "noise": {"N": 3, "IS": 1.0, "FD": 99.0, "KL_softmax": 3.0, "KL_sigmoid": 2.0},
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    rng = np.random.default_rng(0)
+    for kind, hertz in (("generated", 440), ("reference", 880)):
+        (tmp_path / kind).mkdir()
+        for i in range(3):
+            t = np.arange(32_000) / 16_000
+            wave = 0.3 * np.sin(2 * np.pi * hertz * t) + 0.01 * rng.standard_normal(len(t))
+            soundfile.write(tmp_path / kind / f"clip-{i}.wav", wave, 16_000)
+    metrics = {"sets": SETS, "command": "python evaluate.py a b"}
+    metrics |= {"classifier": {"file": "c.pth", "sha256": "0" * 64, "sample_rate": 16_000}}
+    (tmp_path / "generated" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "captions.csv").write_text('name,caption\nclip-0,"<b>rain</b> & thunder"\n')
+    return tmp_path
+
+
+def make(folders, *options):
+    out = folders / "page.html"
+    arguments = [folders / "generated", folders / "reference", "--out", out, *options]
+    report.main([*map(str, arguments)])
+    return out.read_text()
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_complete_and_needs_no_network(folders):
+    text = make(folders, "--table", folders / "captions.csv")
+    tags = Tags(text)
+    assert not tags.open  # every tag is closed
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in (
+        tags.found
+    )
+    sources = [a["src"] for _, a in tags.found if "src" in a]
+    assert len(sources) == 3 * 2 * 2 and all(s.startswith("data:") for s in sources)
+    assert not re.search(r"(https?:)?//", re.sub(r'src="[^"]*"', "", text))
+    assert "&lt;b&gt;rain&lt;/b&gt; &amp; thunder" in text and "<b>" not in text
+    assert "12.35" in text and "clip-1" in text and "python evaluate.py" in text
+
+    sounds = [base64.b64decode(s.split(",")[1]) for s in sources if "audio" in s]
+    for i, hertz in enumerate((440, 880)):
+        wave, rate = soundfile.read(io.BytesIO(sounds[i]))
+        assert rate == 16_000 and abs(len(wave) - 32_000) < 3000
+        spectrum = np.abs(np.fft.rfft(wave))
+        assert abs(np.fft.rfftfreq(len(wave), 1 / rate)[spectrum.argmax()] - hertz) < 3
+    pictures = [base64.b64decode(s.split(",")[1]) for s in sources if "image" in s]
+    picture = imread(io.BytesIO(pictures[0]))[..., :3].sum(-1)  # 440 Hz is near the bottom
+    assert picture.shape[0] == 128 and picture.mean(1).argmax() == 128 - 1 - round(440 / 62.5)
+
+
+def test_bars_are_in_proportion(folders):
+    svg = report.bars(SETS, "FD")
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)"', svg)]
+    assert len(widths) == 2 and (widths[0] / widths[1]) ** 2 == pytest.approx(12.345 / 99, rel=0.01)
+
+
+def test_some_clips(folders):
+    assert "2 of 3, evenly" in make(folders, "--clips", 2)
+
+
+def test_bad_input_is_one_line(folders):
+    def line(*options):
+        with pytest.raises(SystemExit) as e:
+            make(folders, *options)
+        assert str(e.value.code).startswith("error: ") and "\n" not in str(e.value.code)
+        return str(e.value.code)
+
+    (folders / "bad.json").write_text("[]")
+    assert "bad.json" in line("--metrics", folders / "bad.json")
+    assert "nowhere" in line("--metrics", folders / "nowhere.json")
+    for path in (folders / "reference").glob("*.wav"):
+        path.rename(path.with_stem(path.stem + "x"))
+    assert "no names in common" in line()
+    with pytest.raises(SystemExit) as e:
+        report.main(["--efficiency"])
+    assert e.value.code == 2
