@@ -86,8 +86,10 @@ class LatentStats:
 
     def merge(self, other: "LatentStats") -> "LatentStats":
         """The statistics of both sets together (Chan et al., 1979): shards add up to the whole."""
-        if self.count == 0 or other.count == 0:
-            return self if other.count == 0 else other
+        if other.count == 0:
+            return self
+        if self.count == 0:
+            return other
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * other.count / count
@@ -176,18 +178,13 @@ class EncodecCodec:
         for name, value in self.model.state_dict().items():
             digest.update(name.encode() + value.numpy().tobytes())
         self.sha256 = digest.hexdigest()
+        self.device = torch.device(device)
+        self.model.to(self.device)
         # All codebooks in one table: entry c of codebook k is row 1024·k + c.       [8·1024, 128]
         self.codebooks = torch.cat([layer.codebook for layer in self.model.quantizer.vq.layers[:8]])
-        self.to(device)
 
     def settings(self) -> dict:
         return {"name": self.name, "bandwidth": 6.0, "sha256": self.sha256}
-
-    def to(self, device: str | torch.device) -> "EncodecCodec":
-        self.device = torch.device(device)
-        self.model.to(device)
-        self.codebooks = self.codebooks.to(device)
-        return self
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
@@ -237,22 +234,15 @@ class MelCodec:
     iterations = 32  # of Griffin-Lim
 
     def __init__(self, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        self.window = torch.hann_window(self.n_fft).to(device)
         bins = self.n_fft // 2 + 1
-        self.window = torch.hann_window(self.n_fft)
-        self.mel = AF.melscale_fbanks(bins, self.fmin, self.fmax, self.channels, SAMPLE_RATE).T
-        self.inverse = torch.linalg.pinv(self.mel)  # [513, 64]
-        self.to(device)
+        mel = AF.melscale_fbanks(bins, self.fmin, self.fmax, self.channels, SAMPLE_RATE).T
+        self.mel, self.inverse = mel.to(device), torch.linalg.pinv(mel).to(device)  # [513, 64]
 
     def settings(self) -> dict:
         names = ("name", "n_fft", "fmin", "fmax", "floor_db", "top_db")
         return {name: getattr(self, name) for name in names}
-
-    def to(self, device: str | torch.device) -> "MelCodec":
-        self.device = torch.device(device)
-        self.window, self.mel, self.inverse = (
-            buffer.to(device) for buffer in (self.window, self.mel, self.inverse)
-        )
-        return self
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
@@ -303,6 +293,20 @@ def _expect(batch: Tensor, *shape: int) -> Tensor:
     if batch.dim() != len(shape) + 1 or batch.shape[1:] != shape:
         raise ValueError(f"expected a batch of {list(shape)}, got a tensor {list(batch.shape)}")
     return batch.float()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """What `--device` means: a device's name, or nothing for CUDA where there is one. Under
+    torchrun, "cuda" gives each rank a GPU of its own. ValueError for a device that isn't there."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    name = name or found[0].removesuffix(":0")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name not in found:
+        raise ValueError(f"device {name}: PyTorch finds only {', '.join(found)} here")
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 def load_codec(
@@ -449,18 +453,14 @@ def encode_dataset(
         raise ValueError("the batch size and the rows of a shard must be 1 or more")
     folder, tag = Path(folder), f"rank{rank}"
     folder.mkdir(parents=True, exist_ok=True)
-    table = hashlib.sha256()
-    for row in rows:
-        table.update(_json(row))
-    plan = {"codec": codec.settings(), "table": table.hexdigest(), "rows": len(rows)}
-    plan["shard_rows"] = shard_rows
-    if (folder / "plan.json").exists():
-        old = _read_json(folder / "plan.json")
-        if old != plan:
-            other = "codec" if old.get("codec") != plan["codec"] else "table (or shard size)"
-            raise ValueError(f"{folder}: begun with another {other}; delete it or choose anew")
-    else:
+    table = hashlib.sha256(b"".join(map(_json, rows))).hexdigest()
+    plan = {"codec": codec.settings(), "table": table, "rows": len(rows), "shard_rows": shard_rows}
+    if not (folder / "plan.json").exists():
         write_aside(folder / "plan.json", _json(plan), tag)
+    old = read_json(folder / "plan.json", *plan)
+    if old != plan:
+        other = "codec" if old["codec"] != plan["codec"] else "table (or shard size)"
+        raise ValueError(f"{folder}: begun with another {other}; delete it or choose anew")
     for torn in folder.glob(".*.rank*.tmp"):  # by a kill; each is removed by one rank
         if int(torn.suffixes[-2].removeprefix(".rank")) % world_size == rank:
             torn.unlink(missing_ok=True)
@@ -476,7 +476,8 @@ def encode_dataset(
                 bar.update(len(part))
                 continue
             # The loader keeps the order of the rows, whatever the number of workers.
-            loader = DataLoader(_Rows(part, load_clips), batch_size=None, num_workers=workers)
+            load = functools.partial(_load_or_say_why, load_clips)
+            loader = DataLoader(part, batch_size=None, collate_fn=load, num_workers=workers)
             for suffix, data in _encode_shard(codec, part, loader, batch_size, bar).items():
                 write_aside(path.with_suffix(suffix), data, tag)
     if not all(path.with_suffix(".json").exists() for path, _ in shards):
@@ -486,23 +487,12 @@ def encode_dataset(
     return True
 
 
-class _Rows:
-    """What a worker process does for a row: load its clips, or say why that is impossible."""
-
-    def __init__(self, rows: list[dict], load_clips: Callable[[dict], Tensor]):
-        self.rows, self.load_clips = rows, load_clips
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Tensor | str:
-        try:
-            return _expect(self.load_clips(self.rows[i]), CLIP_SAMPLES)
-        except (ValueError, OSError) as e:
-            return " ".join(str(e).split())
-
-
-_DONE = ("clips", "skipped", "count", "mean", "std", ".npy", ".jsonl")  # in shard-00000.json
+def _load_or_say_why(load_clips: Callable[[dict], Tensor], row: dict) -> Tensor | str:
+    """What a worker process does for a row: its clips, or why there are none, in one line."""
+    try:
+        return _expect(load_clips(row), CLIP_SAMPLES)
+    except (ValueError, OSError) as e:
+        return " ".join(str(e).split())
 
 
 def _encode_shard(codec, rows: list[dict], loader, batch_size: int, bar: tqdm) -> dict[str, bytes]:
@@ -534,13 +524,13 @@ def _encode_shard(codec, rows: list[dict], loader, batch_size: int, bar: tqdm) -
 
 def _index(folder: Path) -> dict[str, bytes]:
     """The files that make one data set of the shards, by name, computed from the shards."""
-    plan = _read_json(folder / "plan.json", "codec", "rows", "shard_rows")
+    plan = read_json(folder / "plan.json", "codec", "rows", "shard_rows")
     stats = LatentStats(torch.zeros(0), torch.zeros(0))
     clips, skipped, offsets, label_ids, label_starts = [], [], [], [], [0]
     numbers: dict[str, int] = {}  # label -> its number, in the order met
     for i in range(0, plan["rows"], plan["shard_rows"]):
         path = folder / f"shard-{i // plan['shard_rows']:05d}.json"
-        done = _read_json(path, *_DONE)
+        done = read_json(path, "clips", "skipped", "count", "mean", "std")
         clips.append(done["clips"])
         skipped += done["skipped"]
         mean, std = torch.tensor([done["mean"], done["std"]], dtype=torch.float64)
@@ -562,8 +552,8 @@ def _index(folder: Path) -> dict[str, bytes]:
             f"{folder}: all {len(skipped)} rows were skipped{first}; delete the folder to try again"
         )
     labels = sorted(numbers)
-    places = np.zeros(len(labels), np.int32)  # number in the order met -> place in sorted order
-    places[[numbers[label] for label in labels]] = np.arange(len(labels))
+    place = {label: i for i, label in enumerate(labels)}
+    places = np.array([place[label] for label in numbers], np.int32)  # by number
     dataset = {"codec": plan["codec"], "sample_rate": SAMPLE_RATE, "clips": len(offsets)}
     dataset |= {"skipped": len(skipped), "labels": labels, "shard_clips": clips}
     return {
@@ -586,7 +576,7 @@ def _json(value: dict) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode()
 
 
-def _read_json(path: Path, *keys: str) -> dict:
+def read_json(path: Path, *keys: str) -> dict:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as e:
@@ -609,14 +599,13 @@ class LatentDataset:
             begun = (self.folder / "plan.json").exists()
             what = "unfinished, run what made it again" if begun else "not a stored data set"
             raise FileNotFoundError(f"{folder}: {what} (there is no dataset.json)")
-        about = _read_json(self.folder / "dataset.json", "codec", "labels", "shard_clips")
+        about = read_json(self.folder / "dataset.json", "codec", "labels", "shard_clips")
         self.codec, self.labels = about["codec"], about["labels"]
         self.stats = LatentStats.load(self.folder / "latent_stats.safetensors")
         self._starts = np.cumsum([0, *about["shard_clips"]])  # each shard's first clip
         self._offsets = self._map("record_offsets.npy")
         self._label_ids = self._map("label_ids.npy")
         self._label_starts = self._map("label_starts.npy")
-        self._shards: dict[int, np.ndarray] = {}  # those that have been opened
 
     def _map(self, name: str) -> np.ndarray:
         try:
@@ -625,16 +614,15 @@ class LatentDataset:
             raise ValueError(f"{self.folder / name}: damaged ({e})") from e
 
     def _shard(self, i: int) -> np.ndarray:
-        """Shard i's integers, memory-mapped: [clips, *stored_shape]."""
-        shard = self._shards.get(i)
-        if shard is None:
-            shard = self._map(f"shard-{i:05d}.npy")
-            if len(self._shards) < 640:  # a map keeps its file open, and 1,024 is a common limit
-                self._shards[i] = shard
+        """Shard i's integers, memory-mapped: [clips, *stored_shape]. Opened anew each time: a map
+        keeps its file open, and two million clips have about as many shards as a process files."""
+        name, clips = f"shard-{i:05d}.npy", self._starts[i + 1] - self._starts[i]
+        shard = self._map(name)
+        if len(shard) != clips:
+            raise ValueError(
+                f"{self.folder / name}: damaged, {len(shard)} clips instead of {clips}"
+            )
         return shard
-
-    def __reduce__(self):  # on its way to a worker process: opened again there
-        return LatentDataset, (self.folder,)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -643,11 +631,11 @@ class LatentDataset:
         """The stored integers of these clips, in this order: [B, *codec.stored_shape]."""
         indices = np.asarray(indices, np.int64)
         shards = self._shard_of(indices)
-        first = self._shard(int(shards[0]))
+        first = self._shard(shards[0])
         out = np.empty((len(indices), *first.shape[1:]), first.dtype)
         for shard in np.unique(shards):  # one gather a shard
             here = np.flatnonzero(shards == shard)
-            out[here] = self._shard(int(shard))[indices[here] - self._starts[shard]]
+            out[here] = self._shard(shard)[indices[here] - self._starts[shard]]
         return torch.from_numpy(out)
 
     def _shard_of(self, indices: np.ndarray) -> np.ndarray:
@@ -690,7 +678,7 @@ def check_dataset(folder: str | Path, weights: str | Path | None = None) -> str:
     stats = LatentStats(torch.zeros(0), torch.zeros(0))
     for i, clips in enumerate(tqdm(np.diff(data._starts).tolist(), unit="shard")):
         path = data.folder / f"shard-{i:05d}.json"
-        done = _read_json(path, *_DONE)
+        done = read_json(path, ".npy", ".jsonl")
         for suffix in (".npy", ".jsonl"):
             with open(path.with_suffix(suffix), "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != done[suffix]:
@@ -723,10 +711,11 @@ def read_table(
     """A table of captions -> rows with id, file, captions, labels and the table's other columns.
 
     .jsonl: a JSON object a line: file, caption or captions (list), labels (list).
-    .csv:   with a header line: file, caption, labels (separated by ';'); a file may have many rows.
+    .csv:   with a header line: file, caption, labels (separated by ';').
     AudioSet's segments ("# YTID, start_seconds, …"): labels by `class_labels`. The file YTID.*,
     YYTID.* or YTID_START.* below the audio folder is taken to be the segment, cut out already.
-    Without a caption: "The sound of LABEL" (P2, A.2). ValueError names the row that is wrong.
+    Several rows of one file become one, with all their captions and labels. Without a caption:
+    "The sound of LABEL" (P2, A.2). ValueError names the row that is wrong.
     """
     table = Path(table)
     try:
@@ -741,7 +730,15 @@ def read_table(
         raise ValueError(f"{table}: can't be read as a table ({e})") from e
     if not rows:
         raise ValueError(f"{table}: has no rows")
-    return [_row(row, f"{table}, row {n}") for n, row in enumerate(rows, 1)]
+    by_file: dict[str, dict] = {}
+    for n, raw in enumerate(rows, 1):
+        row = _row(raw, f"{table}, row {n}")
+        first = by_file.setdefault(row["file"], row)
+        for key in ("labels", "captions"):
+            first[key] += [text for text in row[key] if text not in first[key]]
+    for row in by_file.values():
+        row["captions"] = row["captions"] or ["The sound of " + ", ".join(row["labels"])]
+    return list(by_file.values())
 
 
 def _row(raw: dict | str, where: str) -> dict:
@@ -760,8 +757,7 @@ def _row(raw: dict | str, where: str) -> dict:
     if not captions and not labels:
         raise ValueError(f"{where}: {raw['file']} has neither a caption nor labels")
     row = {key: value for key, value in raw.items() if key != "caption"}
-    row |= {"id": raw.get("id") or raw["file"], "labels": labels}
-    return row | {"captions": captions or ["The sound of " + ", ".join(labels)]}
+    return row | {"id": raw.get("id") or raw["file"], "labels": labels, "captions": captions}
 
 
 def _audioset_rows(lines: list[str], audio_folder: Path, class_labels) -> list[dict]:
@@ -790,20 +786,6 @@ def _audioset_rows(lines: list[str], audio_folder: Path, class_labels) -> list[d
         file = next((files[stem] for stem in stems if stem in files), f"{ytid}.*")
         rows.append({"id": ytid, "file": file, "start": float(start), "labels": labels})
     return rows
-
-
-def pick_device(name: str | None) -> torch.device:
-    """What `--device` means: a device's name, or nothing for CUDA where there is one. Under
-    torchrun, "cuda" gives each rank a GPU of its own. ValueError for a device that isn't there."""
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
-    name = name or found[0].removesuffix(":0")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if name not in found:
-        raise ValueError(f"device {name}: PyTorch finds only {', '.join(found)} here")
-    if name != "cpu":
-        torch.cuda.set_device(name)
-    return torch.device(name)
 
 
 def _load_row(row: dict, audio_folder: Path) -> Tensor:
@@ -862,7 +844,7 @@ def main() -> None:
         )
         if complete:
             data = LatentDataset(args.out)
-            skipped = _read_json(args.out / "dataset.json")["skipped"]
+            skipped = read_json(args.out / "dataset.json")["skipped"]
             print(f"{args.out}: {len(data)} clips; {skipped} rows skipped, see skipped.csv")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
