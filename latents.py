@@ -514,12 +514,11 @@ def _encode_shard(codec, rows: list[dict], loader, batch_size: int, bar: tqdm) -
             stats = stats.merge(LatentStats.of(codec.dequantize(codes)))
             stored.append(codes.cpu().numpy())
         bar.update()
-    npy = _npy(np.concatenate(stored))
-    jsonl = b"".join(_json(record) for record in records)
+    files = {".npy": _npy(np.concatenate(stored)), ".jsonl": b"".join(map(_json, records))}
     done = {"clips": len(records), "skipped": skipped, "count": stats.count}
     done |= {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
-    done |= {".npy": hashlib.sha256(npy).hexdigest(), ".jsonl": hashlib.sha256(jsonl).hexdigest()}
-    return {".npy": npy, ".jsonl": jsonl, ".json": _json(done)}
+    done |= {suffix: hashlib.sha256(data).hexdigest() for suffix, data in files.items()}
+    return files | {".json": _json(done)}
 
 
 def _index(folder: Path) -> dict[str, bytes]:
@@ -577,6 +576,7 @@ def _json(value: dict) -> bytes:
 
 
 def read_json(path: Path, *keys: str) -> dict:
+    """A JSON object that has these keys; ValueError for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except ValueError as e:
@@ -787,7 +787,7 @@ def _load_row(row: dict, audio_folder: Path) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Encode audio into, or check, a stored data set.")
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="verify a stored data set end to end")
+    check = commands.add_parser("check", help="verify a stored data set to the byte")
     check.add_argument("folder", type=Path)
     encode = commands.add_parser(
         "encode",
