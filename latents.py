@@ -395,7 +395,7 @@ def save_audio(path: str | Path, wave: Tensor, comment: str | None = None) -> No
 
 
 def write_aside(path: str | Path, data: bytes, tag: str | None = None) -> None:
-    """A whole file or none: written beside `path`, flushed to the disk, renamed."""
+    """A whole file or none: written to .NAME.TAG.tmp beside it, flushed to the disk, renamed."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{tag or os.getpid()}.tmp")
     try:
@@ -687,9 +687,8 @@ def check_dataset(folder: str | Path) -> str:
     for name, expected in _index(data.folder).items():
         if (data.folder / name).read_bytes() != expected:
             raise ValueError(f"{data.folder / name}: damaged, it isn't what the shards give")
-    return (
-        f"{folder}: {len(data)} clips, {len(data.labels)} labels, {data.codec['name']}: all is well"
-    )
+    codec = data.codec["name"]
+    return f"{folder}: {len(data)} clips, {len(data.labels)} labels, {codec}: all is well"
 
 
 # ---------------------------------------------------------------------------------- tables
