@@ -106,7 +106,7 @@ class Config:
     ema_decay: Share = 0.9999  # of the averaged weights; less at the start of a run
     caption_dropout: Share = 0.1  # share of clips trained without a caption
     balanced: bool = True  # draw clips so that labels come up equally often
-    frozen_steps: NotNegative = 0  # before, train conv_in, conv_out and text projection only (B.4)
+    frozen_steps: NotNegative = 0  # until then only conv_in, conv_out, text projection train (B.4)
     precision: Literal["bf16", "fp32"] = "bf16"  # of autocast
     gradient_checkpointing: bool = False  # less memory, a third more time
     compile: bool = False  # torch.compile the U-Net
