@@ -747,7 +747,7 @@ def test_resume_without_the_folder_it_started_from(whole, small, tmp_path, monke
     assert_same_run(tmp_path / "other", tmp_path / "one", 4)
     stats = Path("model/latent_stats.safetensors")
     assert ("other" / stats).read_bytes() == ("one" / stats).read_bytes()
-    fails([*command, "elsewhere", "--out", "other"], "init = 'model', this command 'elsewhere'")
+    fails([*command, "elsewhere", "--out", "other"], "init = './model', this command 'elsewhere'")
 
 
 def test_init_from_stable_diffusion(small, tmp_path, capsys):
