@@ -40,6 +40,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ from latents import (
     LatentStats,
     load_codec,
     pick_device,
+    read_json,
     save_audio,
     to_grid,
     to_sequence,
@@ -66,6 +68,12 @@ from latents import (
 from unet import UNet, UNetConfig, load_config
 
 TINY = Path(__file__).resolve().parent / "tiny"
+
+# Types for numbers with a condition, in words and as a test.
+Count = Annotated[int, "1 or more", lambda x: x >= 1]
+NotNegative = Annotated[float, "0 or more", lambda x: x >= 0]
+Positive = Annotated[float, "above 0", lambda x: x > 0]
+Share = Annotated[float, "0 to 1", lambda x: 0 <= x <= 1]
 
 
 @dataclass(frozen=True)
@@ -77,38 +85,38 @@ class Config:
     init: str = ""  # start from a model folder, or a U-Net folder or hub id of Stable Diffusion
     # The model. With --init its architecture is that of what is loaded.
     text_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"  # hub id or folder
-    max_length: int = 32  # tokens of a caption, padded or cut
-    mask: str = "both"  # where pads are masked: none, encoder, cross-attention or both
+    max_length: Count = 32  # tokens of a caption, padded or cut
+    mask: Literal[MASKS] = "both"  # where pads are masked out
     block_out_channels: tuple[int, ...] = (128, 192, 256)  # width of each level
     attention: tuple[bool, ...] = (False, False, True)  # a spatial transformer at this level (0, 1)
-    layers_per_block: int = 1  # residual blocks a level
-    num_heads: int = 4  # attention heads
-    cross_attention_dim: int = 384  # text width inside the U-Net
-    prediction: str = "v"  # what the U-Net predicts: eps (the papers) or v
-    schedule: str = "cosine"  # noise schedule: cosine (the papers) or scaled-linear
-    schedule_shift: float = 0.2  # its signal-to-noise ratio times shift²; 1 (the papers): as it is
+    layers_per_block: Count = 1  # residual blocks a level
+    num_heads: Count = 4  # attention heads
+    cross_attention_dim: Count = 384  # text width inside the U-Net
+    prediction: Literal["eps", "v"] = "v"  # what the U-Net predicts; the papers: eps
+    schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
+    schedule_shift: Positive = 0.2  # its signal-to-noise ratio times shift²; the papers: 1
     # The optimisation
-    steps: int = 10_000  # length of the run; the learning rate follows it, so it can't change later
-    batch_size: int = 32  # clips a rank and forward pass
-    accumulate: int = 1  # forward passes a step
-    lr: float = 5e-4  # peak learning rate of AdamW
-    warmup_steps: int = 300  # linear from 0, then cosine decay to 0
-    weight_decay: float = 0.01  # AdamW's
-    clip: float = 1.0  # largest norm of the gradient
-    ema_decay: float = 0.9999  # of the averaged weights; less at the start of a run
-    caption_dropout: float = 0.1  # share of clips trained without a caption
+    steps: Count = 10_000  # length of the run; the learning rate follows it: it can't change later
+    batch_size: Count = 32  # clips a rank and forward pass
+    accumulate: Count = 1  # forward passes a step
+    lr: Positive = 5e-4  # peak learning rate of AdamW
+    warmup_steps: NotNegative = 300  # linear from 0, then cosine decay to 0
+    weight_decay: NotNegative = 0.01  # AdamW's
+    clip: Positive = 1.0  # largest norm of the gradient
+    ema_decay: Share = 0.9999  # of the averaged weights; less at the start of a run
+    caption_dropout: Share = 0.1  # share of clips trained without a caption
     balanced: bool = True  # draw clips so that labels come up equally often
-    frozen_steps: int = 0  # train conv_in, conv_out and the text projection only until here (B.4)
-    precision: str = "bf16"  # autocast: bf16 or fp32
+    frozen_steps: NotNegative = 0  # until then only conv_in, conv_out, text projection train (B.4)
+    precision: Literal["bf16", "fp32"] = "bf16"  # of autocast
     gradient_checkpointing: bool = False  # less memory, a third more time
     compile: bool = False  # torch.compile the U-Net
     device: str = ""  # cpu, cuda; empty: cuda where there is one
-    seed: int = 0  # of everything random
+    seed: NotNegative = 0  # of everything random
     # Upkeep
-    checkpoint_every: int = 500  # steps
-    validate_every: int = 500  # steps
-    val_clips: int = 128  # clips of the validation loss
-    sample_every: int = 1000  # steps; 0: never
+    checkpoint_every: Count = 500  # steps
+    validate_every: Count = 500  # steps
+    val_clips: Count = 128  # clips of the validation loss
+    sample_every: NotNegative = 1000  # steps; 0: never
     sample_prompt: str = "dog barking"  # what the samples are of
     guidance: float = 3.0  # of these samples, and what sample.py takes unless told otherwise
     resume: bool = True  # go on from the run's newest checkpoint; no: set the old run aside
@@ -144,9 +152,11 @@ PRESETS = {
 }
 # What may differ when a run goes on; everything else is part of what is being computed. (So is
 # the global batch, but it may be divided otherwise.)
-MAY_CHANGE = {"out", "device", "resume", "compile", "gradient_checkpointing", "batch_size"}
-MAY_CHANGE |= {"checkpoint_every", "validate_every", "sample_every", "sample_prompt"}
-MAY_CHANGE |= {"guidance", "accumulate", "encodec_weights"}
+MAY_CHANGE = set(
+    "out device resume compile gradient_checkpointing batch_size accumulate encodec_weights "
+    "checkpoint_every validate_every sample_every sample_prompt guidance".split()
+)
+PATHS = {"data", "val_data", "init", "text_encoder"}  # compared as such: ./x is x
 
 
 # ---- pure functions of the step ------------------------------------------------------------------
@@ -227,10 +237,10 @@ class Run:
         self.codec = load_codec(self.data.codec, self.device, c.encodec_weights or None)
         if self.val.codec != self.data.codec:
             raise ValueError(f"{val_data}: made with another codec than {data}")
-        if c.init and (Path(c.init) / "model.json").is_file():
-            check_init(c, self.data.codec)
+        self.init = choose_init(c, self.data.codec) if c.init else ""
+        if self.init and (Path(self.init) / "model.json").is_file():
             # A model goes on with the normalisation that it was trained with.
-            self.stats = LatentStats.load(Path(c.init) / "latent_stats.safetensors")
+            self.stats = LatentStats.load(Path(self.init) / "latent_stats.safetensors")
 
         # Model
         self.encoder = TextEncoder(
@@ -265,28 +275,18 @@ class Run:
         """The preset's architecture from scratch, or what --init names; channels and text width
         follow from codec and text encoder."""
         c, channels = self.c, self.codec.channels
-        width = load_config(c.init).cross_attention_dim if c.init else c.cross_attention_dim
+        width = load_config(self.init).cross_attention_dim if self.init else c.cross_attention_dim
         text_dim = None if self.encoder.dim == width else self.encoder.dim
-        if c.init:
+        if self.init:
             return UNet.from_pretrained(
-                c.init, in_channels=channels, out_channels=channels, text_dim=text_dim
+                self.init, in_channels=channels, out_channels=channels, text_dim=text_dim
             )
         if c.block_out_channels[0] < 2 * channels and self.rank == 0:
             # ε has as many independent dimensions as the latent has channels.
             print(f"warning: a first level {c.block_out_channels[0]} wide can't predict well what "
                   f"has {channels} channels: use {2 * channels} or more")  # fmt: skip
-        return UNet(
-            UNetConfig(
-                channels,
-                channels,
-                c.block_out_channels,
-                c.attention,
-                c.layers_per_block,
-                c.num_heads,
-                c.cross_attention_dim,
-                text_dim,
-            )
-        )
+        shared = {f.name: getattr(c, f.name) for f in fields(UNetConfig) if hasattr(c, f.name)}
+        return UNet(UNetConfig(channels, channels, text_dim=text_dim, **shared))
 
     def on_rank_0(self, function) -> None:
         if self.rank == 0:
@@ -314,6 +314,12 @@ class Run:
         captions, t, noise = zip(*drawn, strict=True)
         stored = self.data.stored(indices)
         return indices, list(captions), stored, torch.tensor(t), torch.from_numpy(np.stack(noise))
+
+    def noise(self, rngs: list[np.random.Generator]) -> Tensor:
+        """Gaussian noise, a sample from each generator: float32 [B, 128, 24, 21]."""
+        shape = (self.codec.channels, *GRID)
+        noise = [rng.standard_normal(shape, dtype=np.float32) for rng in rngs]
+        return torch.from_numpy(np.stack(noise))
 
     def loss(self, model, stored, captions, t, noise) -> Tensor:
         """Squared error of what the network predicts, a sample: float32 [B]."""
@@ -393,10 +399,7 @@ class Run:
             for q in range(4):
                 rngs = [np.random.default_rng((self.c.seed, 3, q, i)) for i in indices]
                 t = torch.tensor([rng.integers(250 * q, 250 * (q + 1)) for rng in rngs])
-                shape = (self.codec.channels, *GRID)
-                noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
-                noise = torch.from_numpy(noise)
-                losses = self.loss(self.ema, stored, captions, t, noise)
+                losses = self.loss(self.ema, stored, captions, t, self.noise(rngs))
                 sums[q] += torch.tensor([losses.double().sum().item(), len(indices)])
         if self.ranks > 1:
             sums = sums.to(self.device)
@@ -409,9 +412,7 @@ class Run:
         """What the EMA weights make of the sample prompt: always the same noise, PNDM, 45 steps."""
         text, mask = self.encoder(["", self.c.sample_prompt])
         text = text.float()
-        shape = (1, self.codec.channels, *GRID)
-        noise = np.random.default_rng((self.c.seed, 4)).standard_normal(shape, dtype=np.float32)
-        x_T = torch.from_numpy(noise).to(self.device)
+        x_T = self.noise([np.random.default_rng((self.c.seed, 4))]).to(self.device)
 
         def network(x_t: Tensor, t: int) -> Tensor:
             with self.autocast():
@@ -429,17 +430,6 @@ class Run:
 
     # -- what stays on disk
 
-    def state(self) -> dict:
-        return {
-            "step": self.step,
-            "config": asdict(self.c),
-            "global_batch": self.global_batch,
-            "clips": len(self.data),
-            "unet": self.unet.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
     def save(self) -> None:
         """The model folder and a checkpoint, each written aside and then renamed. In this order, so
         that a run that has its last checkpoint is complete."""
@@ -448,8 +438,17 @@ class Run:
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{self.step:07d}.pt"
         aside = path.with_suffix(".tmp")
+        state = {
+            "step": self.step,
+            "config": asdict(self.c),
+            "global_batch": self.global_batch,
+            "clips": len(self.data),
+            "unet": self.unet.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         with open(aside, "wb") as file:
-            torch.save(self.state(), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
@@ -489,18 +488,11 @@ class Run:
     def load(self, path: Path) -> None:
         """Take up a checkpoint; ValueError if it belongs to another run than this command's."""
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Through JSON, so that tuples and lists compare equal.
-        old, new = (json.loads(json.dumps(x)) for x in (saved["config"], asdict(self.c)))
-        for name in new:
-            if name not in MAY_CHANGE and old.get(name) != new[name]:
-                raise ValueError(
-                    f"{self.out}: its run has {name} = {old.get(name)!r}, this command "
-                    f"{new[name]!r}: give the old value to go on, another --out for a new run, or "
-                    f"--init {self.out}/model to train further"
-                )
-        for name, value in (("global_batch", self.global_batch), ("clips", len(self.data))):
-            if saved[name] != value:
-                raise ValueError(f"{self.out}: its run has {name} = {saved[name]}, not {value}")
+        mine = {k: v for k, v in asdict(self.c).items() if k not in MAY_CHANGE}
+        mine |= {"global_batch": self.global_batch, "clips": len(self.data)}
+        advice = "give the old value to go on, another --out for a new run, or "
+        advice += f"--init {self.out}/model to train further"
+        must_agree(f"{self.out}: its run has", saved["config"] | saved, mine, advice)
         self.unet.load_state_dict(saved["unet"])
         self.ema.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -537,21 +529,31 @@ def load_newest(run: Run) -> None:
                          "and starts another")  # fmt: skip
 
 
-def check_init(c: Config, codec: dict) -> None:
-    """ValueError if the model folder c.init was trained on something else than this run will be."""
-    path = Path(c.init) / "model.json"
-    names = ("text_encoder", "max_length", "mask", "prediction", "schedule", "schedule_shift")
-    mine = {name: getattr(c, name) for name in names} | {"codec": codec}
-    try:
-        model = {"schedule_shift": 1.0} | json.loads(path.read_text())
-        differs = [name for name in mine if model[name] != mine[name]]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: not of a model folder ({e!r})") from e
-    for name in differs:
-        raise ValueError(
-            f"{c.init} was trained with {name} = {model[name]!r}, not {mine[name]!r}: give the "
-            f"same, or --init {c.init}/unet for its U-Net alone"
-        )
+def must_agree(subject: str, old: dict, new: dict, advice: str) -> None:
+    """ValueError names the first value of `new`, this command's, that is another in `old`."""
+    for name, value in new.items():
+        before, now = json.loads(json.dumps([old.get(name), value]))  # a tuple equals a list
+        a, b = (os.path.realpath(x) if name in PATHS and x else x for x in (before, now))
+        if a != b:
+            raise ValueError(f"{subject} {name} = {before!r}, this command {now!r}: {advice}")
+
+
+def choose_init(c: Config, codec: dict) -> str:
+    """What a run starts from: c.init, or its own model once it has a checkpoint (c.init may be gone
+    by then). ValueError if c.init is a model folder trained on something else than this run."""
+    init, own = Path(c.init), Path(c.out) / "model"
+    begun = c.resume and any(own.parent.glob("checkpoints/step-*.pt"))
+    if begun and (own / "model.json").is_file():
+        return str(own)
+    if (init / "log.jsonl").is_file():
+        raise ValueError(f"{init} is a run, not a model: give --init {init / 'model'}")
+    if (init / "model.json").is_file():
+        names = ("text_encoder", "max_length", "mask", "prediction", "schedule")
+        model = {"schedule_shift": 1.0} | read_json(init / "model.json", *names, "codec")
+        mine = {name: getattr(c, name) for name in (*names, "schedule_shift")} | {"codec": codec}
+        advice = f"give the same, or --init {init / 'unet'} for its U-Net alone"
+        must_agree(f"{init / 'model.json'} has", model, mine, advice)
+    return c.init
 
 
 def compose_tiny() -> None:
@@ -642,6 +644,8 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         options = {"default": default, "help": f"{help_of[field.name]} [{shown}]"}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.type) is Literal:
+            options["choices"] = get_args(field.type)
         elif isinstance(default, tuple):
 
             def numbers(text: str, kind: type = type(default[0])) -> tuple:
@@ -653,31 +657,12 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(arguments))
     values.pop("preset")
-    return check(Config(**values), parser)
-
-
-def check(c: Config, parser: argparse.ArgumentParser) -> Config:
-    positive = "steps batch_size accumulate checkpoint_every validate_every val_clips max_length "
-    positive += "layers_per_block num_heads cross_attention_dim"
-    not_negative = "warmup_steps frozen_steps sample_every seed weight_decay"
-    for names, least in ((positive, 1), (not_negative, 0)):
-        for name in names.split():
-            if getattr(c, name) < least:
-                parser.error(f"--{name.replace('_', '-')} must be {least} or more")
-    choices = {
-        "mask": MASKS,
-        "prediction": ("eps", "v"),
-        "schedule": tuple(diffusion.SCHEDULES),
-        "precision": ("bf16", "fp32"),
-    }
-    for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            parser.error(f"--{name} must be one of {', '.join(allowed)}")
-    if not (0 <= c.caption_dropout <= 1 and 0 <= c.ema_decay <= 1):
-        parser.error("--caption-dropout and --ema-decay are 0 to 1")
-    if not (0 < c.lr < math.inf and c.clip > 0 and 0 < c.schedule_shift < math.inf):
-        parser.error("--lr, --clip and --schedule-shift are above 0")
-    return c
+    for field in fields(Config):
+        if get_origin(field.type) is Annotated:
+            words, holds = field.type.__metadata__
+            if not holds(values[field.name]):
+                parser.error(f"--{field.name.replace('_', '-')} must be {words}")
+    return Config(**values)
 
 
 def main(arguments: list[str] | None = None) -> None:
