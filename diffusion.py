@@ -2,7 +2,7 @@
 
 Papers: section 2 (eqs. 1 and 2), section 4 "Noise schedule" (cosine, PNDM). The samplers' own
 papers: DDPM (Ho et al. 2020), DDIM (Song et al. 2020), PNDM (Liu et al. 2022), guidance (Ho and
-Salimans 2021), v-prediction (Salimans and Ho 2022).
+Salimans 2021), v-prediction (Salimans and Ho 2022), x_0-prediction (Li and He 2025).
 
     x_0      a clean latent, normalised per channel     eps (ε)   Gaussian noise, same shape
     t        timestep, 0 (almost clean) … T−1 = 999     β_t       variance added at step t
@@ -16,8 +16,8 @@ A sampler walks from x_T, pure noise, to x_0. It is one function with one loop:
     x_0 = pndm(eps_model, x_T, alphas_cumprod, steps)   where eps_model(x_t, t: int) → ε
 
 and knows neither text nor guidance nor what the network predicts: those are wrapped around the
-network first (`guided`, `predicts_eps`). Departures from the papers, as options: v-prediction and
-`shifted` schedules.
+network first (`guided`, `predicts_eps`). Departures from the papers, as options: networks that
+predict v or x_0, and `shifted` schedules.
 """
 
 import math
@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+PREDICTIONS = ("eps", "v", "x0")  # what a network may be trained to predict
 EpsModel = Callable[[Tensor, int], Tensor]  # (x_t [B, C, H, W], t) -> eps [B, C, H, W]
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all, or one a sample
 
@@ -97,18 +98,27 @@ def eps_from_v(v: Tensor, x_t: Tensor, t: Tensor | int, alphas_cumprod: Tensor) 
     return signal * v + sigma * x_t
 
 
+def eps_from_x0(x_0: Tensor, x_t: Tensor, t, alphas_cumprod: Tensor) -> Tensor:
+    """ε = (x_t − √ᾱ_t·x_0) / √(1−ᾱ_t), from x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε."""
+    signal, sigma = signal_and_noise(t, alphas_cumprod, x_t)
+    return (x_t - signal * x_0) / sigma
+
+
 def predicts_eps(model: EpsModel, prediction: str, alphas_cumprod: Tensor) -> EpsModel:
-    """The network as an ε-model, whatever it was trained to predict: "eps" or "v".
+    """The network as an ε-model, whatever it was trained to predict: "eps", "v" or "x0".
 
     This is the only place that converts: guidance and samplers see ε. A v-network is worth having
     because an error of ε at high t reaches x_0 multiplied by √((1−ᾱ_t)/ᾱ_t), 21 at t = 969, and an
-    error of v does not.
+    error of v does not. A small network had better predict x_0: noise fills all dimensions of the
+    latent, and sounds few of them, so x_0 is far less to say (Li and He 2025).
     """
     if prediction == "eps":
         return model
-    if prediction != "v":
-        raise ValueError(f"prediction is {prediction!r}: expected 'eps' or 'v'")
-    return lambda x_t, t: eps_from_v(model(x_t, t), x_t, t, alphas_cumprod)
+    if prediction == "v":
+        return lambda x_t, t: eps_from_v(model(x_t, t), x_t, t, alphas_cumprod)
+    if prediction == "x0":
+        return lambda x_t, t: eps_from_x0(model(x_t, t), x_t, t, alphas_cumprod)
+    raise ValueError(f"prediction is {prediction!r}: expected one of {', '.join(PREDICTIONS)}")
 
 
 def guided(eps_model: EpsModel, scale: float) -> EpsModel:

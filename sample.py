@@ -65,7 +65,7 @@ class Model:
     codec: latents.EncodecCodec | latents.MelCodec
     stats: latents.LatentStats
     alphas_cumprod: Tensor  # of the noise schedule
-    prediction: str  # what the U-Net predicts: "eps" or "v"
+    prediction: str  # what the U-Net predicts: "eps", "v" or "x0"
     guidance: float  # the scale to use when nobody says
     device: torch.device
 
@@ -83,7 +83,9 @@ def load_model(
     try:
         about = json.loads((folder / "model.json").read_bytes())
         text = about["text_encoder"], int(about["max_length"]), about["mask"]
-        codec, prediction = dict(about["codec"]), {"eps": "eps", "v": "v"}[about["prediction"]]
+        codec, prediction = dict(about["codec"]), about["prediction"]
+        if prediction not in diffusion.PREDICTIONS:
+            raise ValueError(f"prediction {prediction!r}")
         alphas_cumprod = diffusion.SCHEDULES[about["schedule"]]()
         alphas_cumprod = diffusion.shifted(alphas_cumprod, about.get("schedule_shift", 1)).to(
             device

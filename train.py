@@ -92,14 +92,15 @@ class Config:
     layers_per_block: Count = 1  # residual blocks a level
     num_heads: Count = 4  # attention heads
     cross_attention_dim: Count = 384  # text width inside the U-Net
-    prediction: Literal["eps", "v"] = "v"  # what the U-Net predicts; the papers: eps
+    prediction: Literal[diffusion.PREDICTIONS] = "x0"  # what the U-Net predicts; the papers: eps
     schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
     schedule_shift: Positive = 0.2  # its signal-to-noise ratio times shift²; the papers: 1
     # The optimisation
     steps: Count = 10_000  # length of the run; the learning rate follows it: it can't change later
     batch_size: Count = 32  # clips a rank and forward pass
     accumulate: Count = 1  # forward passes a step
-    lr: Positive = 5e-4  # peak learning rate of AdamW
+    lr: Positive = 1e-3  # peak learning rate of AdamW
+    beta2: Share = 0.95  # its memory of squared gradients; 0.999 (the papers) can't take this lr
     warmup_steps: NotNegative = 300  # linear from 0, then cosine decay to 0
     weight_decay: NotNegative = 0.01  # AdamW's
     clip: Positive = 1.0  # largest norm of the gradient
@@ -140,6 +141,7 @@ PRESETS = {
         steps=60_000,
         batch_size=192,
         lr=2.56e-4,
+        beta2=0.999,
         warmup_steps=1000,
         balanced=False,
         gradient_checkpointing=True,
@@ -252,7 +254,7 @@ class Run:
         self.unet = self.make_unet().to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.unet).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(), lr=c.lr, weight_decay=c.weight_decay, fused=True
+            self.unet.parameters(), c.lr, (0.9, c.beta2), weight_decay=c.weight_decay, fused=True
         )
         self.step = 0
         self.frozen = [
@@ -328,7 +330,7 @@ class Run:
         x_0 = x_0.contiguous(memory_format=torch.channels_last)  # [B, 128, 24, 21]
         t, noise = t.to(device), noise.to(device)
         x_t = diffusion.add_noise(x_0, noise, t, self.alphas_cumprod)
-        target = noise
+        target = {"eps": noise, "x0": x_0}.get(c.prediction)
         if c.prediction == "v":
             target = diffusion.velocity(x_0, noise, t, self.alphas_cumprod)
         text, text_mask = self.encoder(captions)

@@ -12,6 +12,7 @@ from diffusion import (
     ddim,
     ddpm,
     eps_from_v,
+    eps_from_x0,
     guided,
     pndm,
     predicts_eps,
@@ -81,7 +82,7 @@ def test_schedules_are_diffusers(ours, name):
     torch.testing.assert_close(betas_of(ours).float(), theirs.betas, rtol=2e-4, atol=1e-7)
 
 
-def test_forward_process_and_v():
+def test_forward_process_v_and_x0():
     x_0, eps, t = noise(1), noise(2), torch.tensor([10, 700])
     x_t = add_noise(x_0, eps, t, COSINE)
     for i in range(2):
@@ -89,6 +90,7 @@ def test_forward_process_and_v():
         torch.testing.assert_close(x_t[i], a.sqrt() * x_0[i] + (1 - a).sqrt() * eps[i])
     v = velocity(x_0, eps, t, COSINE)
     torch.testing.assert_close(eps_from_v(v, x_t, t, COSINE), eps)
+    torch.testing.assert_close(eps_from_x0(x_0, x_t, t, COSINE), eps)
     scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
     scheduler.alphas_cumprod = COSINE
     torch.testing.assert_close(scheduler.add_noise(x_0, eps, t), x_t)
@@ -284,27 +286,30 @@ def test_guidance_moves_every_channel():
     assert torch.equal(guided(two_texts, 0.0)(x_t, 10), torch.zeros_like(eps))
 
 
-def test_v_networks_sample_as_eps_networks():
-    """The same function, once as ε and once as v: samplers must not see a difference."""
+@pytest.mark.parametrize("prediction, theirs", [("v", "v_prediction"), ("x0", "sample")])
+def test_networks_of_every_kind_sample_as_eps_networks(prediction, theirs):
+    """The same function, once as ε and once as v or x_0: samplers must not see a difference."""
 
-    def as_v(x_t, t):
+    def other(x_t, t):
         a = COSINE[t].item()
-        return (network(x_t, t) - math.sqrt(1 - a) * x_t) / math.sqrt(a)
+        if prediction == "v":
+            return (network(x_t, t) - math.sqrt(1 - a) * x_t) / math.sqrt(a)
+        return (x_t - math.sqrt(1 - a) * network(x_t, t)) / math.sqrt(a)
 
-    ours = ddim(predicts_eps(as_v, "v", COSINE), noise(), COSINE, 20)
+    ours = ddim(predicts_eps(other, prediction, COSINE), noise(), COSINE, 20)
     torch.testing.assert_close(ours, ddim(network, noise(), COSINE, 20))
     scheduler = DDIMScheduler(
         1000, trained_betas=BETAS, steps_offset=1, set_alpha_to_one=False, clip_sample=False,
-        prediction_type="v_prediction",
+        prediction_type=theirs,
     )  # fmt: skip
     scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = COSINE, COSINE[0]
     scheduler.set_timesteps(20)
     x = noise()
     for t in scheduler.timesteps:
-        x = scheduler.step(as_v(x, int(t)), t, x).prev_sample
+        x = scheduler.step(other(x, int(t)), t, x).prev_sample
     torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match="expected 'eps' or 'v'"):
-        predicts_eps(as_v, "x0", COSINE)
+    with pytest.raises(ValueError, match="expected one of eps, v, x0"):
+        predicts_eps(other, "w", COSINE)
 
 
 # ---- randomness ----------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def folders(tmp_path_factory):
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
     BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained(root / "bert")
     BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}).save_pretrained(root / "bert")
-    for prediction in ("v", "eps"):
+    for prediction in ("v", "eps", "x0"):
         unet = UNet(UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 48, 32))
         for name, p in unet.named_parameters():
             if "attn2.to_out" in name:
@@ -158,7 +158,7 @@ class Oracle:
         if self.model.prediction == "eps":
             return eps
         x_0 = (x_t - (1 - a) ** 0.5 * eps) / a**0.5
-        return a**0.5 * eps - (1 - a) ** 0.5 * x_0
+        return x_0 if self.model.prediction == "x0" else a**0.5 * eps - (1 - a) ** 0.5 * x_0
 
 
 # ---- what is heard -------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_three_lines_of_python(folders):
 
 
 @pytest.mark.parametrize("schedule, shift", [("cosine", None), ("scaled-linear", 0.2)])
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 @pytest.mark.parametrize("sampler", ["pndm", "ddim", "ddpm"])
 def test_a_perfect_network_is_heard_exactly(
     folders, tmp_path, sampler, prediction, schedule, shift
@@ -690,7 +690,7 @@ SPOILED = {
     "weights cut": (lambda f: cut(f / WEIGHTS), "the weights can't be read"),
     "stats cut": (lambda f: (f / "latent_stats.safetensors").write_bytes(b"x"), "latent_stats"),
     "no prediction": (lambda f: edit(f, prediction=None), "KeyError('prediction')"),
-    "prediction": (lambda f: edit(f, prediction="x0"), "KeyError('x0')"),
+    "prediction": (lambda f: edit(f, prediction="w"), "prediction 'w'"),
     "schedule": (lambda f: edit(f, schedule="linear"), "KeyError('linear')"),
     "guidance": (lambda f: edit(f, guidance="much"), "could not convert string to float"),
     "mask": (lambda f: edit(f, mask="all"), "text mask 'all'"),

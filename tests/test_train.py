@@ -257,7 +257,8 @@ def test_ranks_and_parts_share_one_global_batch(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prediction, schedule, shift", [("v", "cosine", 0.2), ("eps", "scaled-linear", 1.0)]
+    "prediction, schedule, shift",
+    [("v", "cosine", 0.2), ("eps", "scaled-linear", 1.0), ("x0", "cosine", 0.5)],
 )
 def test_the_first_step_by_hand(prediction, schedule, shift, small, tmp_path):
     options = ["--prediction", prediction, "--schedule", schedule, "--caption-dropout", "0.5"]
@@ -280,14 +281,14 @@ def test_the_first_step_by_hand(prediction, schedule, shift, small, tmp_path):
     alphas_cumprod = ratio / (1 + ratio)
     a = alphas_cumprod[t].float()[:, None, None, None]
     x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
-    target = noise if prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x_0
+    target = {"eps": noise, "v": a.sqrt() * noise - (1 - a).sqrt() * x_0, "x0": x_0}[prediction]
     loss = (reference(x_t, t, *run.encoder(captions)) - target).square().mean()
     loss.backward()
     before = copy.deepcopy(reference.state_dict())
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
     assert norm > 0.2  # so that clipping matters
     lr = learning_rate(0, c)
-    torch.optim.AdamW(reference.parameters(), lr, weight_decay=0.01, fused=False).step()
+    torch.optim.AdamW(reference.parameters(), lr, (0.9, 0.95), weight_decay=0.01).step()
 
     logged = run.train_step([run.batch(0, 0)])
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -453,7 +454,7 @@ def test_a_finished_run_says_so(whole, small, capsys):
         (["--steps", "9"], "has steps = 8, this command 9"),
         (["--lr", "2e-3"], "has lr = 0.001, this command 0.002"),
         (["--seed", "1"], "has seed = 0, this command 1"),
-        (["--prediction", "eps"], "has prediction = 'v', this command 'eps'"),
+        (["--prediction", "eps"], "has prediction = 'x0', this command 'eps'"),
         (["--no-balanced"], "has balanced = True, this command False"),
         (["--num-heads", "4"], "has num_heads = 2, this command 4"),
         (["--accumulate", "2"], "has global_batch = 4, this command 8"),
@@ -696,7 +697,7 @@ def test_the_model_folder(whole, small):
         "sample_rate": 16_000,
         "schedule": "cosine",
         "schedule_shift": Config().schedule_shift,
-        "prediction": "v",
+        "prediction": Config().prediction,
         "guidance": Config().guidance,
         "trained_on": {"data": "data", "clips": 20, "steps": 8, "global_batch": 4, "init": None},
     }
@@ -807,7 +808,7 @@ def test_the_papers_values():
     # This project's, in neither paper
     assert (c.caption_dropout, c.ema_decay, c.precision) == (0.1, 0.9999, "bf16")
     tiny = PRESETS["tiny"]
-    assert tiny.prediction == "v" and tiny.block_out_channels[0] >= 2 * MelCodec.channels
+    assert tiny.prediction == "x0" and tiny.block_out_channels[0] >= 2 * MelCodec.channels
 
 
 @pytest.mark.parametrize(
@@ -881,7 +882,7 @@ def test_init_that_doesnt_fit(whole, small, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(whole / "model", model)
     command = [*small, "--init", str(model), "--out", str(tmp_path / "run")]
-    fails([*command, "--prediction", "eps"], str(model), "prediction = 'v'")
+    fails([*command, "--prediction", "eps"], str(model), "prediction = 'x0'")
     run = ["--init", str(whole), "--out", str(tmp_path / "run")]
     fails([*small, *run], f"{whole} is a run, not a model: give --init {whole}/model")
     about = json.loads((model / "model.json").read_text())
