@@ -15,7 +15,7 @@ that was killed goes on, from its newest checkpoint, as if nothing had happened.
 
 Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
 the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling; and for
-the tiny model v-prediction and a shifted noise schedule.
+the tiny model x_0-prediction, a shifted noise schedule and AdamW's shorter memory.
 
     RUN/model/          the result: what sample.py --model takes
     RUN/checkpoints/    the last two; start the same command again to go on
@@ -96,10 +96,10 @@ class Config:
     schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
     schedule_shift: Positive = 0.2  # its signal-to-noise ratio times shift²; the papers: 1
     # The optimisation
-    steps: Count = 10_000  # length of the run; the learning rate follows it: it can't change later
-    batch_size: Count = 32  # clips a rank and forward pass
+    steps: Count = 24_000  # length of the run; the learning rate follows it: it can't change later
+    batch_size: Count = 8  # clips a rank and forward pass
     accumulate: Count = 1  # forward passes a step
-    lr: Positive = 1e-3  # peak learning rate of AdamW
+    lr: Positive = 7e-4  # peak learning rate of AdamW
     beta2: Share = 0.95  # its memory of squared gradients; 0.999 (the papers) can't take this lr
     warmup_steps: NotNegative = 300  # linear from 0, then cosine decay to 0
     weight_decay: NotNegative = 0.01  # AdamW's
@@ -337,7 +337,11 @@ class Run:
         text = text.float()  # on CUDA the encoder gives bf16
         with self.autocast():
             predicted = model(x_t, t, text, text_mask, c.gradient_checkpointing)
-        return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        losses = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        if c.prediction == "x0":
+            # v's error is x_0's over √(1−ᾱ_t): the loss of v, bounded where there is hardly noise.
+            losses = losses / (1 - self.alphas_cumprod[t]).clamp(min=0.05).to(losses)
+        return losses
 
     def autocast(self):
         if self.c.precision == "fp32":

@@ -282,7 +282,10 @@ def test_the_first_step_by_hand(prediction, schedule, shift, small, tmp_path):
     a = alphas_cumprod[t].float()[:, None, None, None]
     x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
     target = {"eps": noise, "v": a.sqrt() * noise - (1 - a).sqrt() * x_0, "x0": x_0}[prediction]
-    loss = (reference(x_t, t, *run.encoder(captions)) - target).square().mean()
+    losses = (reference(x_t, t, *run.encoder(captions)) - target).square().mean((1, 2, 3))
+    if prediction == "x0":
+        losses = losses / (1 - alphas_cumprod[t]).float().clamp(min=0.05)
+    loss = losses.mean()
     loss.backward()
     before = copy.deepcopy(reference.state_dict())
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
