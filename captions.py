@@ -62,7 +62,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -93,10 +93,12 @@ class Prompt(NamedTuple):
     def text(self, query: str, shots: int | None = None) -> str:
         """The exact text that an LLM continues: `shots` examples (None: all), then the query.
 
-        Each is "preceded by the prompt", as the tables say; an answer is the line after it.
+        Each is "preceded by the prompt", as the tables say, and by its last line only where it has
+        two, as in the authors' script: the first is an opening. An answer is the line after it.
         """
-        solved = [f"{self.head} {q}\n{a}\n\n" for q, a in self.examples[:shots]]
-        return "".join(solved) + f"{self.head} {query}\n"
+        opening, line_break, each = self.head.rpartition("\n")
+        solved = "".join(f"{each} {q}\n{a}\n\n" for q, a in self.examples[:shots])
+        return f"{opening}{line_break}{solved}{each} {query}\n"
 
 
 def _prompt(block):
@@ -235,7 +237,7 @@ class TextEncoder:
             raise ValueError(f"text encoder in {dtype}: T5 gives NaN in float16; use bfloat16")
 
         self.model, self.tokenizer = _load(_find(self.name), dtype)
-        self.model.requires_grad_(False).eval().to(self.device)
+        self.model.to(self.device)
         self.dim = self.model.config.hidden_size
         least, most = self.tokenizer.num_special_tokens_to_add() + 1, _positions(self.model)
         if not least <= max_length <= most:
@@ -303,7 +305,10 @@ class TextEncoder:
         return {c: (states[i].clone(), mask[i].clone()) for i, c in enumerate(captions)}
 
 
-def _find(name, what="text encoder", files=("*.json", "*.txt", "*.model", "model*.safetensors")):
+FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # of a model on the hub
+
+
+def _find(name, what="text encoder", files=FILES):
     """The folder of a model: itself, in the package that stands in for it, or from the hub."""
     package = PACKAGES.get(name)
     spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
@@ -316,7 +321,7 @@ def _find(name, what="text encoder", files=("*.json", "*.txt", "*.model", "model
     from huggingface_hub import snapshot_download
 
     try:  # downloads once; without a network, finds what was downloaded before
-        folder = Path(snapshot_download(name, allow_patterns=list(files)))
+        folder = Path(snapshot_download(name, allow_patterns=files))
         if not any(path.suffix in (".safetensors", ".gguf") for path in folder.iterdir()):
             snapshot_download(name, allow_patterns="pytorch_model*.bin")
         return folder
@@ -332,21 +337,24 @@ def _find(name, what="text encoder", files=("*.json", "*.txt", "*.model", "model
 SAFELY = {"trust_remote_code": False, "local_files_only": True}  # a folder's code is not run
 
 
-def _pretrained(what, folder, load, *others, **options):
-    """A model and others (its tokenizer, ...) from a folder, and which weights it doesn't have."""
+def _pretrained(what, folder, pick, *others, needed=lambda key: True, gguf=None, dtype=None):
+    """The model of class pick() in a folder, and its tokenizer or the like, complete or not at all.
+
+    needed: whether a weight, by its name, is one that must be there
+    """
+    options = SAFELY | ({"gguf_file": gguf} if gguf else {})
     try:
         with _quiet():
-            model, info = load().from_pretrained(
+            model, info = pick().from_pretrained(
                 folder,
+                dtype=dtype,
                 attn_implementation="eager",  # matmul, softmax, matmul: no kernel from the hub
                 weights_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # listed in info, and refused below
-                **SAFELY,
                 **options,
             )
-            gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
-            others = [other.from_pretrained(folder, **SAFELY, **gguf) for other in others]
+            others = [other.from_pretrained(folder, **options) for other in others]
     except pickle.UnpicklingError as error:
         reason = "its .bin file is damaged or holds more than tensors, which could run code"
         raise ValueError(f"{what} {folder}: {reason}; use a safetensors file") from error
@@ -354,37 +362,36 @@ def _pretrained(what, folder, load, *others, **options):
         raise ValueError(f"{what} {folder}: can't load it: {_first_line(error)}") from error
     # transformers fills in random numbers for what a file lacks: so the papers' CLAP came about.
     wrong = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
-    return model, sorted(key for key in wrong if "position_ids" not in key), *others
-
-
-def _refuse(what, folder, model, wrong):
+    wrong = sorted(key for key in wrong if "position_ids" not in key and needed(key))
     if wrong:
         raise ValueError(
             f"{what} {folder}: {len(wrong)} weights of a {type(model).__name__} are missing "
             f"or of another shape ({wrong[0]}, ...) and would be random; get complete files"
         )
+    return model.requires_grad_(False).eval(), *others
 
 
 def _load(folder, dtype):
-    """Text encoder and tokenizer from a folder, complete or not at all."""
+    """Text encoder and tokenizer from a folder."""
     # Imported here, since it takes seconds that `--help` should not.
     from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers import ClapModel, CLIPTextModel, T5EncoderModel  # isort: skip
 
     classes = {"t5": T5EncoderModel, "clap": ClapModel}
     classes |= {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel}
+    kind = ""
 
     def pick():
+        nonlocal kind
         kind = AutoConfig.from_pretrained(folder, **SAFELY).model_type
         return classes.get(kind, AutoModel)
 
+    def needed(key):
+        return "pooler" not in key and (kind != "clap" or key.startswith("text_model."))
+
     what = "text encoder"
-    model, wrong, tokenizer = _pretrained(what, folder, pick, AutoTokenizer, dtype=dtype)
-    kind = model.config.model_type
-    if kind == "clap":
-        model = model.text_model  # the states before CLAP's projection, 768 wide
-        wrong = [key for key in wrong if key.startswith("text_model.")]
-    _refuse(what, folder, model, [key for key in wrong if "pooler" not in key])
+    model, tokenizer = _pretrained(what, folder, pick, AutoTokenizer, needed=needed, dtype=dtype)
+    model = model.text_model if kind == "clap" else model  # before CLAP's projection, 768 wide
     if kind != "t5" and model.config.is_encoder_decoder:
         raise ValueError(f"text encoder {folder}: {kind} is neither T5, CLAP, CLIP nor like BERT")
     # A tokenizer without its files loads all the same, and knows no words.
@@ -430,43 +437,36 @@ def _first_line(error):
 class LanguageModel:
     """A causal language model of transformers: prompts in, the first lines of its answers out.
 
-    name: hub id, local folder, or a GGUF file of either, as FOLDER_OR_ID/FILE.gguf
-    bits: 16 (bfloat16 on CUDA, float32 elsewhere), or 8 or 4: quantised by bitsandbytes, on CUDA
+    name: hub id, local folder, or a GGUF file in either, as FOLDER_OR_ID/FILE.gguf
+    Its weights are bfloat16 on CUDA, float32 elsewhere.
     Raises ValueError or OSError, with one line, for what can't be used, found or loaded.
     """
 
-    def __init__(self, name: str = SMOLLM2, bits: int = 16, device: str = "cpu"):
+    def __init__(self, name: str = SMOLLM2, device: str | torch.device = "cpu"):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        self.device, what = torch.device(device), "language model"
-        cuda = self.device.type == "cuda"
-        options = {"dtype": torch.bfloat16 if cuda else torch.float32}
-        if bits != 16:
-            from transformers import BitsAndBytesConfig
-
-            quantized = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
-            options |= {"quantization_config": quantized, "device_map": {"": device}}
+        self.device = torch.device(device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         name, _, file = name.rpartition("/") if name.endswith(".gguf") else (name, "", "")
-        every = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
-        folder = _find(name or ".", what, [file] if file else every)
-        if not file and not (folder / "config.json").is_file():  # SmolLM2's package
-            file = next((path.name for path in folder.glob("*.gguf")), "")
-        if file:
-            options["gguf_file"] = file
-        self.model, wrong, self.tokenizer = _pretrained(
-            what, folder, lambda: AutoModelForCausalLM, AutoTokenizer, **options
+        folder = _find(name or ".", "language model", [file] if file else FILES)
+        if not (folder / "config.json").is_file():  # as in SmolLM2's package
+            file = file or next((path.name for path in folder.glob("*.gguf")), "")
+        self.model, self.tokenizer = _pretrained(
+            "language model",
+            folder,
+            lambda: AutoModelForCausalLM,
+            AutoTokenizer,
+            gguf=file,
+            dtype=dtype,
         )
-        _refuse(what, folder, self.model, wrong)
-        self.model.requires_grad_(False).eval()
-        self.model = self.model if bits != 16 else self.model.to(self.device)
+        self.model.to(self.device)
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
-        self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
+        self.ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.pad = next((x for x in (self.tokenizer.pad_token_id, *self.ends) if x is not None), 0)
-        # Not what the folder says: its sampling settings would change what "greedy" means.
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=sorted(self.ends) or None, pad_token_id=self.pad
-        )
+        # Not the folder's own: its sampling settings would change what "greedy" means.
+        settings = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=self.pad)
+        self.model.generation_config = settings
         self.prefix, self.prefix_states = [], None
 
     @torch.no_grad()
@@ -477,13 +477,15 @@ class LanguageModel:
 
         temperature 0: the likeliest token each time (greedy); above: drawn, from `seed`.
         """
+        if not prompts:
+            return []
         ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
-        longest = max(map(len, ids), default=0)
+        longest = max(map(len, ids))
         if longest + length > _positions(self.model):
             most = f"{_positions(self.model)} tokens of the language model"
             raise ValueError(f"a prompt of {longest} tokens is too long for {most}: fewer --shots")
         # The solved examples are the same for all: their keys and values are computed only once.
-        shared = os.path.commonprefix(ids)[: min(map(len, ids)) - 1] if ids else []
+        shared = os.path.commonprefix(ids)[: min(map(len, ids)) - 1]
         n, pads = len(shared), [longest - len(x) for x in ids]
         if shared != self.prefix:
             tokens = torch.tensor([shared], device=self.device)
@@ -514,7 +516,7 @@ class LanguageModel:
             )[:, longest:].tolist()  # [B, at most length]
         texts = [self.tokenizer.decode(x, skip_special_tokens=True).lstrip() for x in answers]
         return [
-            (text.split("\n")[0].strip(), "\n" in text or not self.ends.isdisjoint(x))
+            (text.split("\n")[0].strip(), "\n" in text or not set(self.ends).isdisjoint(x))
             for text, x in zip(texts, answers, strict=True)
         ]
 
@@ -522,22 +524,20 @@ class LanguageModel:
 class FrameDescriber:
     """BLIP-2 (Li et al., 2023): pictures in, captions out. name: hub id or local folder."""
 
-    def __init__(self, name: str = "Salesforce/blip2-opt-2.7b", device: str = "cpu"):
+    def __init__(self, name: str = "Salesforce/blip2-opt-2.7b", device="cpu"):
         from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
-        what, self.device = "frame describer", torch.device(device)
+        self.device, what = torch.device(device), "frame describer"
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        folder = _find(name, what)
-        self.model, wrong, self.processor, self.tokenizer = _pretrained(
+        self.model, self.processor, self.tokenizer = _pretrained(
             what,
-            folder,
+            _find(name, what),
             lambda: Blip2ForConditionalGeneration,
             AutoImageProcessor,
             AutoTokenizer,
             dtype=self.dtype,
         )
-        _refuse(what, folder, self.model, wrong)
-        self.model.requires_grad_(False).eval().to(self.device)
+        self.model.to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: list, length: int = 30) -> list[str]:
@@ -567,12 +567,13 @@ def read_records(table: str | Path, class_labels: str | Path = "") -> Iterator[d
             except (KeyError, csv.Error, UnicodeDecodeError) as e:
                 columns = "index,mid,display_name"
                 raise ValueError(f"{class_labels}: expected the columns {columns} ({e})") from e
-    with open(table, encoding="utf-8-sig", newline="") as file:
+    with open(table, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                if Path(table).suffix == ".jsonl" and line.strip():
+                line = line.decode("utf-8-sig").strip()
+                if line and Path(table).suffix == ".jsonl":
                     yield _record(json.loads(line))
-                elif line.strip() and not line.startswith("#"):
+                elif line and not line.startswith("#"):
                     yield _segment(next(csv.reader([line], skipinitialspace=True)), names)
             except (ValueError, AttributeError, csv.Error) as e:
                 raise ValueError(f"{table}, line {number}: {e}") from e
@@ -585,6 +586,9 @@ def _record(record):
         raise ValueError(f"expected a list of labels, got {labels!r:.60}")
     if not name or not isinstance(name, str):
         raise ValueError("expected a text as id or file")
+    for key in ("start", "end"):
+        if not isinstance(record.get(key), (int, float, type(None))):
+            raise ValueError(f"expected {key} in seconds, got {record[key]!r:.60}")
     return record | {"id": name, "labels": labels}
 
 
@@ -631,7 +635,6 @@ class Pipeline:
     ontology: str = ""  # AudioSet's ontology.json, for entail and merge-audio-visual
     videos: str = ""  # folder of videos: YTID.mp4, ...; run skips the visual steps without it
     llm: str = SMOLLM2  # hub id, folder, or GGUF file of either (FOLDER_OR_ID/FILE.gguf)
-    bits: int = 16  # of the LLM's weights; 8 and 4 need bitsandbytes and CUDA (papers: 8)
     shots: str = "few"  # solved examples in the prompts: zero, one or few
     wording: str = "tables"  # of the entailment prompt: the papers' tables or their text
     temperature: float = 0.0  # of the LLM; 0: greedy. What is asked again is drawn at 0.7
@@ -647,12 +650,17 @@ class Pipeline:
     seed: int = 0  # of what the LLM draws
 
     def where(self) -> str:
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        """What `device` means: under torchrun, "cuda" is a GPU of each rank's own."""
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        name = self.device or ("cuda" if found else "cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        if name not in (*found, "cpu"):
+            raise ValueError(f"device {name}: PyTorch finds only {', '.join([*found, 'cpu'])} here")
+        return name
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        return LanguageModel(self.llm, self.bits, self.where())
+        return LanguageModel(self.llm, self.where())
 
     @cached_property
     def describer(self) -> FrameDescriber:
@@ -692,21 +700,23 @@ def _note(record, step, values, **how):
 
 
 def _ask(p, step, records, queries, check, length=64, repeat=0):
-    """Put `queries`, (Prompt, text) or None for each record, to the LLM -> its tries with each.
+    """Put queries, {number of a record: (Prompt, text)}, to the LLM -> its tries with each.
 
     A try is (answer, what is wrong with it by `check(record, answer, whole)`). An answer with
     something wrong is asked for once more, and then drawn, since greedy would repeat itself.
     """
-    shots, tries = SHOTS[p.shots], [[] for _ in records]
-    for again in (0, 1):
-        todo = [i for i, q in enumerate(queries) if q and (not tries[i] or tries[i][-1][1])]
+    tries = {i: [] for i in queries}
+    # One prompt at a time: what its queries share, its examples, is computed once.
+    for prompt, again in product(dict.fromkeys(prompt for prompt, _ in queries.values()), (0, 1)):
+        todo = [i for i in queries if queries[i][0] == prompt]
+        todo = [i for i in todo if not tries[i] or tries[i][-1][1]]
         if not todo:
-            break
+            continue
         temperature = p.temperature or (0.7 if again or repeat else 0.0)
         # The same for any number of ranks, since these take the same batches.
         seed = zlib.crc32(repr((p.seed, step, repeat, again, records[todo[0]]["id"])).encode())
-        prompts = [queries[i][0].text(queries[i][1], shots) for i in todo]
-        answers = p.language_model(prompts, length, temperature, seed)
+        texts = [prompt.text(queries[i][1], SHOTS[p.shots]) for i in todo]
+        answers = p.language_model(texts, length, temperature, seed)
         for i, (answer, whole) in zip(todo, answers, strict=True):
             tries[i].append((answer, check(records[i], answer, whole)))
     return tries
@@ -732,14 +742,11 @@ def _sentences(p, step, key, records, queries, fallback, check=lambda record, an
             return "copied from an example"  # A.2: details "from one of the examples given"
         return check(record, answer)
 
-    tries = _ask(p, step, records, queries, problem)
-    out = []
-    for record, query, tried in zip(records, queries, tries, strict=True):
-        if query:
-            answer, wrong = tried[-1]
-            text = fallback(record) if wrong else answer
-            record = _note(record, step, {key: text}, **_how(p, query[0], tried))
-        out.append(record)
+    out = list(records)
+    for i, tries in _ask(p, step, records, queries, problem).items():
+        answer, wrong = tries[-1]
+        values = {key: fallback(records[i]) if wrong else answer}
+        out[i] = _note(records[i], step, values, **_how(p, queries[i][0], tries))
     return out
 
 
@@ -753,12 +760,9 @@ def single_label(records: list[dict], p: Pipeline) -> list[dict]:
 
 def caption_labels(records: list[dict], p: Pipeline) -> list[dict]:
     """P2, A.1: labels -> the LLM's audio_caption, where there isn't any yet."""
-    queries = [None if "audio_caption" in r else (LABELS, _listed(r)) for r in records]
+    todo = {i: r for i, r in enumerate(records) if "audio_caption" not in r}
+    queries = {i: (LABELS, ", ".join(r["labels"]) + ".") for i, r in todo.items()}
     return _sentences(p, "labels", "audio_caption", records, queries, template)
-
-
-def _listed(record):
-    return ", ".join(record["labels"]) + "."
 
 
 def extract_frames(records: list[dict], p: Pipeline) -> list[dict]:
@@ -818,32 +822,28 @@ def describe(records: list[dict], p: Pipeline) -> list[dict]:
     """P2, A: frames -> frame_captions by BLIP-2; a picture that can't be read is left out."""
     from PIL import Image
 
-    images, broken = {}, {}  # (record, frame) -> picture; record -> reasons
+    out, images, owners = list(records), [], []
     for i, record in enumerate(records):
+        broken = []
         for path in record.get("frames", []):
             try:
-                images[i, path] = Image.open(Path(p.out, path)).convert("RGB")
+                images.append(Image.open(Path(p.out, path)).convert("RGB"))
+                owners.append(i)
+            except FileNotFoundError as e:
+                raise FileNotFoundError(f"{e.filename}: no such frame; --out is frames' own") from e
             except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-                broken.setdefault(i, []).append(f"{path}: {_first_line(e)}")
-    texts = dict(zip(images, p.describer(list(images.values())) if images else [], strict=True))
-    out = []
-    for i, record in enumerate(records):
-        captions = [text for (j, _), text in texts.items() if j == i and text]
+                broken.append(f"{path}: {_first_line(e)}")
         if record.get("frames"):
-            values = {"frame_captions": captions}
-            record = _note(record, "describe", values, model=p.blip, broken=broken.get(i))
-        out.append(record)
+            out[i] = _note(record, "describe", {"frame_captions": []}, model=p.blip, broken=broken)
+    for i, text in zip(owners, p.describer(images) if images else [], strict=True):
+        out[i]["frame_captions"] += [text] if text else []  # the same list as in its history
     return out
 
 
 def merge_frames(records: list[dict], p: Pipeline) -> list[dict]:
     """P2, A: frame_captions -> the LLM's visual_caption; BLIP-2's of the middle one if it fails."""
-    queries = [
-        (FRAMES, " ".join(r["frame_captions"]).rstrip(".") + ".")
-        if r.get("frame_captions")
-        else None
-        for r in records
-    ]
+    texts = {i: r["frame_captions"] for i, r in enumerate(records) if r.get("frame_captions")}
+    queries = {i: (FRAMES, " ".join(x).rstrip(".") + ".") for i, x in texts.items()}
 
     def middle(record):
         return record["frame_captions"][len(record["frame_captions"]) // 2]
@@ -863,44 +863,41 @@ bangs banging | whistle whistles whistling | thunder thunderstorm rumble rumblin
 knock knocks knocking"""
 
 
-def invented_sounds(caption: str, labels: list[str], classes: dict | None = None) -> list[str]:
-    """Words of `caption` that say that something is heard which `labels` don't have.
+def wrong_sounds(caption: str, labels: list[str], classes: dict | None = None) -> str:
+    """What `caption` says is heard and `labels` lack, or that it has lost them; "" if neither.
 
     By a list of words, with no understanding: what it doesn't list, it doesn't catch. `classes`
     (read_ontology) add a label's description and the classes above it to what may be heard.
     """
-    known = [
-        word for x in labels for text in (x, *(classes or {}).get(x, ())) for word in _words(text)
-    ]
+    known = " ".join(" ".join((x, *(classes or {}).get(x, ()))) for x in labels)
+    heard, named, known = (
+        re.findall(r"[^\W\d_]+", text.lower()) for text in (caption, " ".join(labels), known)
+    )
     sounds = [set(group.split()) for group in SOUNDS.split("|")]
-    return [x for x in _words(caption) if any(x in s and s.isdisjoint(known) for s in sounds)]
-
-
-def _words(text):
-    return re.findall(r"[^\W\d_]+", text.lower())
+    if invented := [x for x in heard if any(x in s and s.isdisjoint(known) for s in sounds)]:
+        return f"not in the label: {', '.join(invented)}"
+    same = any(not s.isdisjoint(heard) and not s.isdisjoint(named) for s in sounds)
+    same = same or {x[:4] for x in heard} & {x[:4] for x in named if len(x) > 2}
+    return "" if same else f"nothing of {', '.join(labels)}"
 
 
 def merge_audio_visual(records: list[dict], p: Pipeline) -> list[dict]:
     """P2, A.3: visual_caption and the single label -> the LLM's merged_caption, None if it fails.
 
-    "the integrity of the video caption": no sound may come from the picture, and the label's stays.
+    It fails, too, without the label's sound, or with one that it doesn't have, "such as the
+    implication of speech through the depiction of a person".
     """
-    queries = [
-        (AUDIO_VISUAL, f"{r['visual_caption']} {r['labels'][0]}")
-        if len(r["labels"]) == 1 and r.get("visual_caption")
-        else None
-        for r in records
-    ]
+    todo = {i: r for i, r in enumerate(records) if len(r["labels"]) == 1}
+    todo = {i: r for i, r in todo.items() if r.get("visual_caption")}
+    queries = {
+        i: (AUDIO_VISUAL, f"{r['visual_caption']} {r['labels'][0]}") for i, r in todo.items()
+    }
 
     def problem(record, answer):
-        invented = invented_sounds(answer, record["labels"], p.classes)
-        return f"not in the label: {', '.join(invented)}" if invented else ""
+        return wrong_sounds(answer, record["labels"], p.classes)
 
-    def nothing(record):
-        return None
-
-    step = "merge-audio-visual"
-    return _sentences(p, step, "merged_caption", records, queries, nothing, problem)
+    step, key = "merge-audio-visual", "merged_caption"
+    return _sentences(p, step, key, records, queries, lambda record: None, problem)
 
 
 def parse_score(answer: str) -> float | None:
@@ -923,75 +920,75 @@ def cosine(encoder: TextEncoder, first: list[str], second: list[str]) -> list[fl
 def entail(records: list[dict], p: Pipeline) -> list[dict]:
     """P2, A.4: does what is seen fit what is heard? -> entailment: {"llm", "t5", "bert"}, or None.
 
-    The pair is the visual caption and the label with its description (clips of one label) or the
-    audio caption; without a visual caption, the LLM's audio caption and the labels' template.
+    The LLM's score is the mean over `repeats`, None if no answer is a score.
     """
-
-    def pair(r):
-        seen, heard = r.get("visual_caption"), r.get("audio_caption")
-        if seen and len(r["labels"]) == 1:
-            label = r["labels"][0]
-            about = p.classes.get(label, ("",))[0]
-            return ENTAIL_LABEL, seen, f"{label} : {about}" if about else label
-        if seen and heard:
-            return ENTAIL_CAPTION, seen, heard
-        return (ENTAIL_CAPTION, heard, template(r)) if heard and len(r["labels"]) > 1 else None
-
-    pairs = [pair(record) for record in records]
-    some = [i for i, x in enumerate(pairs) if x]
-    values = [{} if x else None for x in pairs]
-    how = [{"first": x[1], "second": x[2]} if x else {} for x in pairs]
-    queries = [None] * len(records)
-    for i in some:
-        prompt, first, second = pairs[i]
-        prompt = prompt._replace(head=ENTAIL_TEXT) if p.wording == "text" else prompt
-        queries[i] = prompt, f"{first} {second}"
+    pairs = {i: pair for i, r in enumerate(records) if (pair := _pair(r, p))}
+    scores, how = {i: {} for i in pairs}, {i: {} for i in range(len(records))}
+    for i, (_, first, second) in pairs.items():
+        how[i] |= {"first": first, "second": second}
     if "llm" in p.scores.split(","):
+        queries = {i: (prompt, f"{a} {b}") for i, (prompt, a, b) in pairs.items()}
 
         def problem(record, answer, whole):
-            return "" if parse_score(answer) is not None else "not a score"
+            return "not a score" if parse_score(answer) is None else ""
 
-        rounds = [
-            _ask(p, "entail", records, queries, problem, 12, repeat + (p.repeats > 1))
-            for repeat in range(p.repeats)
-        ]
-        for i in some:
+        first = p.repeats > 1  # several are all drawn: greedy, one would count more than others
+        rounds = range(first, first + p.repeats)
+        rounds = [_ask(p, "entail", records, queries, problem, 12, repeat) for repeat in rounds]
+        for i, (prompt, _, _) in pairs.items():
             found = [parse_score(tries[i][-1][0]) for tries in rounds]
             found = [x for x in found if x is not None]
-            values[i]["llm"] = sum(found) / len(found) if found else None
-            how[i] |= _how(p, queries[i][0], [x for tries in rounds for x in tries[i]])
-            how[i] |= {
-                "llm_scores": found,
-                "llm_spread": max(found) - min(found) if found else None,
-            }
-    for key, encoder in p.encoders.items() if some else ():
-        first, second = ([pairs[i][k] for i in some] for k in (1, 2))
-        for i, x in zip(some, cosine(encoder, first, second), strict=True):
-            values[i][key] = x
+            scores[i]["llm"] = sum(found) / len(found) if found else None
+            how[i] |= _how(p, prompt, [x for tries in rounds for x in tries[i]])
+            how[i] |= {"llm_scores": found, "spread": max(found) - min(found) if found else None}
+    for key, encoder in p.encoders.items() if pairs else ():
+        _, first, second = zip(*pairs.values(), strict=True)
+        for i, score in zip(pairs, cosine(encoder, [*first], [*second]), strict=True):
+            scores[i][key] = score
             how[i][f"{key}_model"] = encoder.name
     return [
-        _note(record, "entail", {"entailment": value}, **extra)
-        for record, value, extra in zip(records, values, how, strict=True)
+        _note(record, "entail", {"entailment": scores.get(i)}, **how[i])
+        for i, record in enumerate(records)
     ]
 
 
+def _pair(record, p):
+    """(Prompt, first caption, second) for entail, or None where there is nothing to compare.
+
+    The visual caption and the label with its description (clips of one label) or the audio caption;
+    without a visual caption, the LLM's audio caption and the labels' template.
+    """
+    seen, heard = record.get("visual_caption"), record.get("audio_caption")
+    prompt, label = ENTAIL_CAPTION, record["labels"][0]
+    if seen and len(record["labels"]) == 1:
+        about = p.classes.get(label, ("",))[0]
+        prompt, heard = ENTAIL_LABEL, f"{label} : {about}" if about else label
+    elif not seen and len(record["labels"]) > 1:
+        seen, heard = heard, template(record)
+    prompt = prompt._replace(head=ENTAIL_TEXT) if p.wording == "text" else prompt
+    return (prompt, seen, heard) if seen and heard else None
+
+
 def gate(records: list[dict], p: Pipeline) -> list[dict]:
-    """-> caption: the merged or else the audio caption, if its score is good enough or there is
-    nothing to score; else the template. `gate` says which."""
-    out = []
-    for r in records:
-        if "entailment" not in r:
-            raise ValueError(f"{r['id']}: filter needs the scores of entail, which hasn't been run")
-        best, verdict = r.get("merged_caption") or r.get("audio_caption"), "nothing to score"
-        if r["entailment"] is not None:
-            score = r["entailment"].get(p.score)
-            passed = score is not None and score >= p.threshold
-            verdict = f"{p.score} {score} {'passes' if passed else 'is below'} {p.threshold}"
-            verdict = f"no {p.score} score" if score is None else verdict
-            best = best if passed else None
-        values = {"caption": best or template(r), "gate": verdict}
-        out.append(_note(r, "filter", values))
-    return out
+    """-> caption: the merged one, or else the audio caption, if its score is good enough or there
+    is nothing to score; else the template. `gate` says which."""
+    return [_gate(record, p) for record in records]
+
+
+def _gate(record, p):
+    if "entailment" not in record:
+        raise ValueError(
+            f"{record['id']}: filter needs the scores of entail, which hasn't been run"
+        )
+    caption = record.get("merged_caption") or record.get("audio_caption") or template(record)
+    score, verdict = (record["entailment"] or {}).get(p.score), "nothing to score"
+    if score is not None:
+        passes = score >= p.threshold
+        verdict = f"{p.score} {score} {'passes' if passes else 'is below'} {p.threshold}"
+        caption = caption if passes else template(record)
+    elif record["entailment"] is not None:
+        caption, verdict = template(record), f"no {p.score} score"
+    return _note(record, "filter", {"caption": caption, "gate": verdict})
 
 
 STEPS = {
@@ -1040,19 +1037,18 @@ def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int
     mine, batches = out / f"{step}.part-{rank}", math.ceil(count / p.batch_size)
     with open(mine, "ab") as file:
         done = _parts(out, step, mine)
-        bar = tqdm(total=batches, initial=len(done), unit="batch", disable=rank > 0)
+        missing = set(range(rank, batches, ranks)) - done.keys()
         records = read_records(table, p.class_labels)
-        for k in range(batches):
-            batch = list(islice(records, p.batch_size))
-            if k % ranks != rank or k in done:
-                continue
-            for name in todo:
-                batch = STEPS[name](batch, p)
-            file.write(f"{k}\t{json.dumps(batch, ensure_ascii=False)}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update()
-        bar.close()
+        with tqdm(total=len(missing), unit="batch", disable=rank > 0) as bar:
+            for k in range(batches):
+                batch = list(islice(records, p.batch_size))
+                if k in missing:
+                    for name in todo:
+                        batch = STEPS[name](batch, p)
+                    file.write(f"{k}\t{json.dumps(batch, ensure_ascii=False)}\n".encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                    bar.update()
     done = _parts(out, step)
     if len(done) < batches:
         return False
@@ -1060,7 +1056,7 @@ def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int
         _write(final, _merged(done))
     except FileNotFoundError:  # another rank was first, and has removed them
         return final.exists()
-    for path in {path for path, _ in done.values()}:
+    for path in out.glob(f"{step}.part-*"):
         path.unlink(missing_ok=True)
     return True
 
@@ -1118,7 +1114,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[str, str, Pipeline]:
     values = vars(parser.parse_args(arguments))
     step, table, p = values.pop("step"), values.pop("table"), Pipeline(**values)
     names = {"llm", "t5", "bert"}
-    choices = {"bits": (16, 8, 4), "shots": SHOTS, "wording": ("tables", "text"), "score": names}
+    choices = {"shots": SHOTS, "wording": ("tables", "text"), "score": names}
     for name, allowed in choices.items():
         if getattr(p, name) not in allowed:
             parser.error(f"--{name} must be one of {', '.join(map(str, allowed))}")

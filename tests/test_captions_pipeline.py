@@ -48,13 +48,13 @@ from captions import (
     FrameDescriber,
     LanguageModel,
     Pipeline,
-    invented_sounds,
     main,
     parse_args,
     parse_score,
     process,
     read_ontology,
     read_records,
+    wrong_sounds,
 )
 
 ROOT = Path(captions.__file__).parent
@@ -81,13 +81,16 @@ def test_prompts_quoted_in_the_text_are_those_of_the_tables():
 
 
 def test_the_text_a_model_receives():
-    head = LABELS.head
-    zero = f"{head} dog, rain.\n"
-    first = f"{head} alarm, burp, inside, small room.\nburping while an alarm plays inside a small "
-    assert LABELS.text("dog, rain.", 0) == zero
-    assert LABELS.text("dog, rain.", 1) == first + "room.\n\n" + zero
+    opening = "For each of these, summarize the sounds into a single sentence: \n"
+    each = " describe a situation with all of these sounds together:"
+    first = f"{each} alarm, burp, inside, small room.\nburping while an alarm plays inside a small "
+    assert LABELS.text("dog, rain.", 0) == f"{opening}{each} dog, rain.\n"
+    assert LABELS.text("dog, rain.", 1) == f"{opening}{first}room.\n\n{each} dog, rain.\n"
     few = LABELS.text("dog, rain.")
-    assert few.startswith(first) and few.endswith(zero) and few.count(head) == 11
+    assert few.startswith(opening + first) and few.endswith(f"\n\n{each} dog, rain.\n")
+    assert few.count(each) == 11 and few.count(opening) == 1
+    score = ENTAIL_LABEL.text("a man Whip", 1).split("\n")
+    assert [line[:11] for line in score] == ["on a scale ", "0.85", "", "on a scale ", ""]
 
 
 # Language models
@@ -284,20 +287,25 @@ def ontology(tmp_path):
 def test_sounds_that_labels_do_not_have(ontology):
     classes = read_ontology(ontology)
     assert classes["Country"] == ("Ballads and dance tunes.", "Music genre, Music")
-    assert invented_sounds("a man talking while a whip cracks", ["Whip"]) == ["talking"]
-    assert invented_sounds("a man talks", ["Male speech, man speaking"]) == []
-    assert invented_sounds("a single ring, a rapid taper", ["Whip"]) == []  # whole words only
-    assert invented_sounds("a country song with music", ["Country"]) == ["song", "music"]
-    assert invented_sounds("country music", ["Country"], classes) == []
-    for query, answer in AUDIO_VISUAL.examples:  # the papers' own merges pass
-        assert invented_sounds(answer, [query.split(".")[-1].strip().split("  ")[-1]]) == []
+    invented = "not in the label: talking, music"
+    assert wrong_sounds("a man talking while a whip cracks to music", ["Whip"]) == invented
+    assert wrong_sounds("a man talks", ["Male speech, man speaking"]) == ""
+    assert wrong_sounds("a man on a single ring, rapid", ["Male speech, man speaking"]) == ""
+    assert wrong_sounds("a country song", ["Country"]) == "not in the label: song"
+    assert wrong_sounds("country music", ["Country"]) == "not in the label: music"
+    assert wrong_sounds("country music", ["Country"], classes) == ""
+    assert wrong_sounds("a man in a boat", ["Wind"]) == "nothing of Wind"
+    assert wrong_sounds("a woman talks", ["Speech"]) == ""  # other words for the same
+    labels = ["Whip", "Tick", "Cash register", "Toothbrush", "Country"]
+    for (query, answer), label in zip(AUDIO_VISUAL.examples, labels, strict=True):
+        assert query.endswith(label) and wrong_sounds(answer, [label]) == ""  # the papers' own
 
 
 def test_a_merge_with_an_invented_sound_is_redone_or_dropped(ontology):
     def answer(query, temperature):
         if query.endswith("Whip") and temperature:
             return "a whip cracks on a field."
-        return "a man speaks over a field."
+        return "a man on a field." if temperature else "a man speaks over a field."
 
     p = pipeline(answer, ontology=ontology)
     seen = {"visual_caption": "a man on a field", "audio_caption": "The sound of X"}
@@ -306,7 +314,8 @@ def test_a_merge_with_an_invented_sound_is_redone_or_dropped(ontology):
     out = captions.merge_audio_visual(records, p)
     assert out[0]["merged_caption"] == "a whip cracks on a field."
     assert out[1]["merged_caption"] is None
-    assert out[1]["history"][-1]["rejected"][1]["reason"] == "not in the label: speaks"
+    reasons = [x["reason"] for x in out[1]["history"][-1]["rejected"]]
+    assert reasons == ["not in the label: speaks", "nothing of Country"]
     assert out[2:] == records[2:]
     assert p.language_model.asked[0][0] == ["a man on a field Whip", "a man on a field Country"]
 
@@ -350,7 +359,7 @@ def test_entailment_means_and_spreads():
     out = captions.entail(records, p)
     assert [r["entailment"]["llm"] for r in out] == pytest.approx([0.7, None, 0.3])
     assert out[0]["history"][-1]["llm_scores"] == [0.9, 0.5]
-    assert out[0]["history"][-1]["llm_spread"] == pytest.approx(0.4)
+    assert out[0]["history"][-1]["spread"] == pytest.approx(0.4)
     assert len(out[1]["history"][-1]["rejected"]) == 4
     assert out[1]["history"][-1]["rejected"][0] == {"answer": "n/a", "reason": "not a score"}
 
@@ -696,7 +705,7 @@ def test_describe_leaves_out_what_it_cannot_read(blip, tmp_path):
     picture(tmp_path / "frames/good.png", "red")
     (tmp_path / "frames/empty.jpg").write_bytes(b"")
     (tmp_path / "frames/torn.png").write_bytes((tmp_path / "frames/good.png").read_bytes()[:300])
-    names = [f"frames/{x}" for x in ("good.png", "empty.jpg", "torn.png", "gone.jpg")]
+    names = [f"frames/{x}" for x in ("good.png", "empty.jpg", "torn.png")]
     p = Pipeline(out=str(tmp_path), blip=blip)
     p.describer = lambda images: ["a frame"] * len(images)
     records = [record(["Dog"], frames=names), record(["Dog"], frames=names[1:])]
@@ -704,9 +713,11 @@ def test_describe_leaves_out_what_it_cannot_read(blip, tmp_path):
     out = captions.describe(records, p)
     assert out[0]["frame_captions"] == ["a frame"] and out[1]["frame_captions"] == []
     reasons = out[0]["history"][-1]["broken"]
-    assert len(reasons) == 3 and all(x in y for x, y in zip(names[1:], reasons, strict=True))
+    assert len(reasons) == 2 and all(x in y for x, y in zip(names[1:], reasons, strict=True))
     assert out[2:] == records[2:]
     assert captions.merge_frames(out[1:], pipeline()) == out[1:]  # nothing to merge
+    with pytest.raises(FileNotFoundError, match="gone.jpg: no such frame; --out is frames' own"):
+        captions.describe([record(["Dog"], frames=["gone.jpg"])], p)
     p = Pipeline(out=str(tmp_path), blip="./nowhere")  # not loaded when there is nothing to see
     assert captions.describe(records[2:], p) == records[2:]
 
