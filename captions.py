@@ -563,8 +563,8 @@ def read_records(table: str | Path, class_labels: str | Path = "") -> Iterator[d
     if class_labels:
         with open(class_labels, encoding="utf-8-sig", newline="") as file:
             try:
-                names = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
-            except (KeyError, csv.Error, UnicodeDecodeError) as e:
+                names = {row["mid"]: row["display_name"].strip() for row in csv.DictReader(file)}
+            except (KeyError, AttributeError, csv.Error, UnicodeDecodeError) as e:
                 columns = "index,mid,display_name"
                 raise ValueError(f"{class_labels}: expected the columns {columns} ({e})") from e
     with open(table, "rb") as file:
@@ -779,7 +779,7 @@ def extract_frames(records: list[dict], p: Pipeline) -> list[dict]:
 def _extract(record, p, ffmpeg):
     name, start, end = record["id"], record.get("start") or 0.0, record.get("end")
     stems = [name, f"Y{name}", f"{name}_{start}", f"{name}_{int(start)}"]
-    stems.append(Path(record.get("file", name)).stem)
+    stems.append(Path(str(record.get("file", name))).stem)
     video = next((p.video_files[stem] for stem in stems if stem in p.video_files), None)
     # Nothing but this file is opened, whatever a playlist in it says.
     command = [ffmpeg, "-nostdin", "-hide_banner", "-protocol_whitelist", "file"]
@@ -795,7 +795,8 @@ def _extract(record, p, ffmpeg):
         duration = 3600 * hours + 60 * minutes + seconds
         if end is None or duration < end - 1:
             start, end = 0.0, duration
-        folder = Path("frames", f"{zlib.crc32(name.encode()) % 1000:03d}")
+        code = zlib.crc32(name.encode())  # names may be long, and folders full
+        folder = Path("frames", f"{code % 1000:03d}")
         Path(p.out, folder).mkdir(parents=True, exist_ok=True)
         for k, share in enumerate((1 / 3, 1 / 2, 3 / 4), 1):
             at = f"{start + share * (end - start):.3f}"
@@ -807,7 +808,8 @@ def _extract(record, p, ffmpeg):
             )
             if not picture.stdout:
                 raise ValueError(f"no frame at {at} s: {_last_line(picture.stderr)}")
-            paths.append(str(folder / f"{quote(name, safe='')}-{start:g}-{k}.jpg"))
+            file = f"{quote(name, safe='')[:100]}-{code:08x}-{start:g}-{k}.jpg"
+            paths.append(str(folder / file))
             Path(p.out, paths[-1]).write_bytes(picture.stdout)
     except (ValueError, subprocess.TimeoutExpired) as e:
         return _note(record, "frames", {"frames": []}, reason=str(e))
@@ -970,8 +972,8 @@ def _pair(record, p):
 
 
 def gate(records: list[dict], p: Pipeline) -> list[dict]:
-    """-> caption: the merged one, or else the audio caption, if its score is good enough or there
-    is nothing to score; else the template. `gate` says which."""
+    """-> captions, a list of one: the merged one, or else the audio caption, if its score is good
+    enough or there is nothing to score; else the template. `gate` says which."""
     return [_gate(record, p) for record in records]
 
 
@@ -988,7 +990,7 @@ def _gate(record, p):
         caption = caption if passes else template(record)
     elif record["entailment"] is not None:
         caption, verdict = template(record), f"no {p.score} score"
-    return _note(record, "filter", {"caption": caption, "gate": verdict})
+    return _note(record, "filter", {"captions": [caption], "gate": verdict})
 
 
 STEPS = {

@@ -418,7 +418,7 @@ def test_filter():
     ]
     out = captions.gate(records, p)
     texts = ["a merged caption", "The sound of A", "The sound of A", "an audio caption"]
-    assert [r["caption"] for r in out] == texts
+    assert [r["captions"] for r in out] == [[text] for text in texts]
     gates = ["llm 0.5 passes 0.5", "llm 0.4 is below 0.5", "no llm score", "nothing to score"]
     assert [r["gate"] for r in out] == gates
     with pytest.raises(ValueError, match="clip: filter needs the scores of entail"):
@@ -781,8 +781,8 @@ def test_the_whole_pipeline_on_video(videos, blip, bert, tmp_path):
     out = [json.loads(x) for x in (tmp_path / "run/run.jsonl").read_text().splitlines()]
     steps = [entry["step"] for entry in out[0]["history"]]
     assert steps == [x for x in captions.STEPS if x != "labels"]
-    assert len(out[0]["frame_captions"]) == 3 and all(r["caption"] for r in out)
-    assert out[1]["caption"] == "The sound of Whip" and out[1]["gate"] == "nothing to score"
+    assert len(out[0]["frame_captions"]) == 3 and all(r["captions"] for r in out)
+    assert out[1]["captions"] == ["The sound of Whip"] and out[1]["gate"] == "nothing to score"
     source = table
     for step in captions.STEPS:
         assert process(step, source, settings("steps"))
