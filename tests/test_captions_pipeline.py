@@ -630,7 +630,7 @@ def test_a_killed_process_loses_a_batch_at_most(many, tmp_path):
     command = [sys.executable, "-c", SLOW, "single-label", str(many), "--batch-size", "2"]
     command += ["--out", str(tmp_path / "out")]
     run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    part, until = tmp_path / "out/single-label.part-0", time.time() + 120
+    part, until = tmp_path / "out/single-label.part-0", time.time() + 600
     while not (part.exists() and part.read_bytes().count(b"\n") >= 3) and time.time() < until:
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
