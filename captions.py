@@ -734,6 +734,12 @@ def _sentences(p, step, key, records, queries, fallback, check=lambda record, an
     return out
 
 
+def _ended(query):
+    return (
+        query.rstrip(". ") + "."
+    )  # as the tables' do; else small models go on instead of answering
+
+
 def single_label(records: list[dict], p: Pipeline) -> list[dict]:
     """P2, A.2: a clip of one label gets the template as its audio_caption."""
     return [
@@ -745,7 +751,7 @@ def single_label(records: list[dict], p: Pipeline) -> list[dict]:
 def caption_labels(records: list[dict], p: Pipeline) -> list[dict]:
     """P2, A.1: labels -> the LLM's audio_caption, where there isn't any yet."""
     todo = {i: r for i, r in enumerate(records) if "audio_caption" not in r}
-    queries = {i: (LABELS, ", ".join(r["labels"]) + ".") for i, r in todo.items()}
+    queries = {i: (LABELS, _ended(", ".join(r["labels"]))) for i, r in todo.items()}
     return _sentences(p, "labels", "audio_caption", records, queries, template)
 
 
@@ -829,7 +835,7 @@ def describe(records: list[dict], p: Pipeline) -> list[dict]:
 def merge_frames(records: list[dict], p: Pipeline) -> list[dict]:
     """P2, A: frame_captions -> the LLM's visual_caption; BLIP-2's of the middle one if it fails."""
     texts = {i: r["frame_captions"] for i, r in enumerate(records) if r.get("frame_captions")}
-    queries = {i: (FRAMES, " ".join(x).rstrip(".") + ".") for i, x in texts.items()}
+    queries = {i: (FRAMES, _ended(" ".join(x))) for i, x in texts.items()}
 
     def middle(record):
         return record["frame_captions"][len(record["frame_captions"]) // 2]
@@ -913,7 +919,7 @@ def entail(records: list[dict], p: Pipeline) -> list[dict]:
     for i, (_, first, second) in pairs.items():
         how[i] |= {"first": first, "second": second}
     if "llm" in p.scores.split(","):
-        queries = {i: (prompt, f"{a} {b}") for i, (prompt, a, b) in pairs.items()}
+        queries = {i: (prompt, _ended(f"{a} {b}")) for i, (prompt, a, b) in pairs.items()}
 
         def problem(record, answer, whole):
             return "not a score" if parse_score(answer) is None else ""

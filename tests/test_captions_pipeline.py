@@ -348,6 +348,8 @@ def test_entailment_pairs(ontology):
         (None, None),
     ]
     assert [r["entailment"] for r in out] == [{"llm": 0.9}] * 3 + [None]
+    asked = [query for call in p.language_model.asked for query in call[0]]
+    assert len(asked) == 3 and all(query.endswith(".") for query in asked)  # as in the tables
     assert [r["history"][-1]["prompt"][:2] for r in out[:3]] == ["A6", "A7", "A7"]
 
 
