@@ -686,7 +686,7 @@ def _note(record, step, values, **how):
 def _ask(p, step, records, queries, check, length=64, repeat=0):
     """Put queries, {number of a record: (Prompt, text)}, to the LLM -> its tries with each.
 
-    A try is (answer, what is wrong with it by `check(record, answer, whole)`). An answer with
+    A try is (answer, what is wrong with it by `check(i, answer, whole)`). An answer with
     something wrong is asked for once more, and then drawn, since greedy would repeat itself.
     """
     tries = {i: [] for i in queries}
@@ -702,7 +702,7 @@ def _ask(p, step, records, queries, check, length=64, repeat=0):
         texts = [prompt.text(queries[i][1], SHOTS[p.shots]) for i in todo]
         answers = p.language_model(texts, length, temperature, seed)
         for i, (answer, whole) in zip(todo, answers, strict=True):
-            tries[i].append((answer, check(records[i], answer, whole)))
+            tries[i].append((answer, check(i, answer, whole)))
     return tries
 
 
@@ -717,14 +717,16 @@ def _how(p, prompt, tries):
 def _sentences(p, step, key, records, queries, fallback, check=lambda record, answer: ""):
     """Records with the LLM's sentence as `key`, or fallback(record) where it can't give one."""
 
-    def problem(record, answer, whole):
+    def problem(i, answer, whole):
         if not re.search(r"[^\W\d_]{2}", answer):
             return "empty"
         if not whole:
             return "runaway"
         if answer in dict(LABELS.examples + FRAMES.examples + AUDIO_VISUAL.examples).values():
             return "copied from an example"  # A.2: details "from one of the examples given"
-        return check(record, answer)
+        if answer.strip(" .").lower() in queries[i][1].lower():
+            return "repeats the query"
+        return check(records[i], answer)
 
     out = list(records)
     for i, tries in _ask(p, step, records, queries, problem).items():
@@ -921,7 +923,7 @@ def entail(records: list[dict], p: Pipeline) -> list[dict]:
     if "llm" in p.scores.split(","):
         queries = {i: (prompt, _ended(f"{a} {b}")) for i, (prompt, a, b) in pairs.items()}
 
-        def problem(record, answer, whole):
+        def problem(i, answer, whole):
             return "not a score" if parse_score(answer) is None else ""
 
         first = p.repeats > 1  # several are all drawn: greedy, one would count more than others
@@ -930,9 +932,10 @@ def entail(records: list[dict], p: Pipeline) -> list[dict]:
         for i, (prompt, _, _) in pairs.items():
             found = [parse_score(tries[i][-1][0]) for tries in rounds]
             found = [x for x in found if x is not None]
-            scores[i]["llm"] = sum(found) / len(found) if found else None
+            scores[i]["llm"] = round(sum(found) / len(found), 4) if found else None
             how[i] |= _how(p, prompt, [x for tries in rounds for x in tries[i]])
-            how[i] |= {"llm_scores": found, "spread": max(found) - min(found) if found else None}
+            spread = round(max(found) - min(found), 4) if found else None
+            how[i] |= {"llm_scores": found, "spread": spread}
     for key, encoder in p.encoders.items() if pairs else ():
         _, first, second = zip(*pairs.values(), strict=True)
         for i, score in zip(pairs, cosine(encoder, [*first], [*second]), strict=True):
