@@ -295,9 +295,14 @@ class TextEncoder:
 # ---- loading -------------------------------------------------------------------------------------
 
 # The classes of transformers that load what; of text encoders by model_type, BERT's if unknown
-CLASSES = {"language model": "AutoModelForCausalLM", "t5": "T5EncoderModel"}
-CLASSES |= {"frame describer": "Blip2ForConditionalGeneration", "clip": "CLIPTextModel"}
-CLASSES |= {"clip_text_model": "CLIPTextModel", "clap": "ClapTextModelWithProjection"}
+CLASSES = {
+    "language model": "AutoModelForCausalLM",
+    "frame describer": "Blip2ForConditionalGeneration",
+    "t5": "T5EncoderModel",
+    "clap": "ClapTextModelWithProjection",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
 
 
 def _load(what, name, device, dtype=None):
@@ -318,6 +323,7 @@ def _load(what, name, device, dtype=None):
     options = {"trust_remote_code": False}
     if source.endswith(".gguf"):
         source, _, options["gguf_file"] = source.rpartition("/")
+    source = source or "."
     try:
         kind = transformers.AutoConfig.from_pretrained(source, **options).model_type
         kind = CLASSES.get(what) or CLASSES.get(kind, "AutoModel")
@@ -334,7 +340,8 @@ def _load(what, name, device, dtype=None):
     except Exception as e:  # of many types: transformers', the hub's, safetensors', torch's
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         if not Path(source).is_dir():
-            reason += f" With a network, `hf download {name} --local-dir {name}` makes it a folder."
+            download = f"where there is a network, run `hf download {name} --local-dir {name}`"
+            reason = f"no such folder, and not to be had from the hub ({reason}); {download}"
         raise OSError(f"{what} {name}: can't load it: {reason}") from e
     # transformers fills in random numbers for what a file lacks: so the papers' CLAP came about.
     wrong = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -434,7 +441,7 @@ class FrameDescriber:
         from transformers import AutoImageProcessor
 
         self.model, self.tokenizer = _load("frame describer", name, device)
-        self.processor = AutoImageProcessor.from_pretrained(name)
+        self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
 
     @torch.no_grad()
     def __call__(self, images: list, length: int = 30) -> list[str]:
@@ -465,17 +472,17 @@ def read_records(table: str | Path, class_labels: str | Path = "") -> Iterator[d
             try:
                 if Path(table).suffix == ".jsonl":
                     record = json.loads(line)
-                    record = {"id": record.get("file")} | record
                 elif line.startswith("#") or not line.strip():
                     continue
                 else:
                     name, start, end, ids = next(csv.reader([line], skipinitialspace=True))
                     if unknown := set(ids.split(",")) - names.keys():
                         raise ValueError(f"unknown label id {unknown}: check --class-labels")
-                    record = {"id": name, "file": f"{name}.wav", "start": float(start)}
-                    record |= {"end": float(end), "labels": [names[x] for x in ids.split(",")]}
-                if not (record["id"] and isinstance(record["labels"], list) and record["labels"]):
-                    raise ValueError("no id or no list of labels")
+                    record = {"file": f"{name}.wav", "start": float(start), "end": float(end)}
+                    record |= {"id": name, "labels": [names[x] for x in ids.split(",")]}
+                record["id"] = str(record.get("id") or record["file"])
+                if not record["labels"] or record["labels"] != [*map(str, record["labels"])]:
+                    raise ValueError("no list of labels")
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 expected = "YTID, start, end, labels, or JSON with id (or file) and labels"
                 raise ValueError(f"{table}, line {number}: {e}; expected {expected}") from e
@@ -487,7 +494,7 @@ def read_ontology(path: str) -> dict[str, str]:
     """AudioSet's ontology.json -> class name: its description; "" -> nothing."""
     try:
         nodes = json.loads(Path(path).read_bytes()) if path else []
-        return {node["name"]: node["description"].strip() for node in nodes}
+        return {node["name"]: node["description"] for node in nodes}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not AudioSet's ontology.json ({e!r})") from e
 
@@ -605,8 +612,8 @@ def caption_labels(records: list[dict], p: Pipeline) -> list[dict]:
 @each
 def extract_frames(record, p):
     """P2, A: a video -> frames, the paths of three JPEGs; [] and a reason where there are none."""
-    name, start = record["id"], record.get("start", 0.0)
-    length = record.get("end", start + 10) - start
+    name, start = record["id"], record.get("start") or 0.0
+    length = (record.get("end") or start + 10) - start
     files = [Path(p.videos, name + kind) for kind in (".mp4", ".mkv", ".webm", ".mov", ".avi")]
     video, reason = next((file for file in files if file.is_file()), None), "no video"
     # Where the segment isn't found, the video is taken to be the segment, cut out already.
@@ -633,35 +640,30 @@ def extract_frames(record, p):
 
 
 def describe(records: list[dict], p: Pipeline) -> list[dict]:
-    """P2, A: frames -> frame_captions by BLIP-2; a picture that can't be read is left out."""
+    """P2, A: frames -> frame_captions by BLIP-2, those of all records at once."""
     from PIL import Image
 
-    captions = {}
-    for i, record in enumerate(records):
-        for path in record.get("frames", []):
-            try:
-                captions[i, path] = Image.open(path).convert("RGB")
-            except OSError as e:
-                warnings.warn(f"{path} is left out: {e}", stacklevel=1)
-    if captions:  # of all records' pictures at once
-        captions = dict(zip(captions, p.describer([*captions.values()])))
-    found = [[captions[key] for key in captions if key[0] == i] for i in range(len(records))]
-    return [
-        _note(r, "describe", {"frame_captions": texts}, model=p.blip) if texts else r
-        for r, texts in zip(records, found)
-    ]
+    frames = [path for record in records for path in record.get("frames", [])]
+    images = [Image.open(path).convert("RGB") for path in frames]
+    texts = iter(p.describer(images) if images else [])
+    out = []
+    for record in records:
+        found = [next(texts) for _ in record.get("frames", [])]
+        values = {"frame_captions": found}
+        out.append(_note(record, "describe", values, model=p.blip) if found else record)
+    return out
 
 
 def merge_frames(records: list[dict], p: Pipeline) -> list[dict]:
-    """P2, A: frame_captions -> the LLM's visual_caption; BLIP-2's first one if it fails."""
+    """P2, A: frame_captions -> the LLM's visual_caption; BLIP-2's middle one if it fails."""
 
     def query(record):
-        return " ".join(record.get("frame_captions", []))
+        return " ".join(record.get("frame_captions", [])).strip()
 
-    def first(record):
-        return record["frame_captions"][0]
+    def middle(record):
+        return record["frame_captions"][len(record["frame_captions"]) // 2]
 
-    return _ask(records, p, "merge-frames", "visual_caption", FRAMES, query, first)
+    return _ask(records, p, "merge-frames", "visual_caption", FRAMES, query, middle)
 
 
 # Words that say that something is heard; those between bars are of one sound
@@ -784,10 +786,17 @@ def gate(record, p):
     return _note(record, "filter", {"captions": [caption], "gate": verdict})
 
 
-STEPS = {"single-label": single_label, "labels": caption_labels}
-VISUAL = {"frames": extract_frames, "describe": describe, "merge-frames": merge_frames}
-VISUAL |= {"merge-audio-visual": merge_audio_visual}
-STEPS |= VISUAL | {"entail": entail, "filter": gate}
+STEPS = {
+    "single-label": single_label,
+    "labels": caption_labels,
+    "frames": extract_frames,
+    "describe": describe,
+    "merge-frames": merge_frames,
+    "merge-audio-visual": merge_audio_visual,
+    "entail": entail,
+    "filter": gate,
+}
+VISUAL = ("frames", "describe", "merge-frames", "merge-audio-visual")  # run needs --videos for them
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -811,21 +820,19 @@ def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int
     settings = path.with_suffix(".settings.json")
     now = json.dumps(asdict(p) | {"table": str(table), "records": count}, indent=1)
     if settings.exists() and settings.read_text() != now:
-        raise ValueError(f"{settings}: it was begun with other settings or records; change --out")
+        raise ValueError(f"{path}: begun with other settings ({settings.name}); use a new --out")
     settings.write_text(now)
 
     size, batches = p.batch_size, math.ceil(count / p.batch_size)
-    first, last = batches * rank // ranks, batches * (rank + 1) // ranks  # of this rank
+    first = batches * rank // ranks * size  # this rank's share begins here, and ends there
+    last = min(batches * (rank + 1) // ranks * size, count)
     with open(path, "a+b") as file:
         file.seek(0)
         lines = [len(line) for line in file if line.endswith(b"\n")]
-        if len(lines) == min(last * size, count) - first * size:
-            return path
-        whole = len(lines) // size
-        file.truncate(sum(lines[: whole * size]))
-        first += whole
-        records = islice(read_records(table, p.class_labels), first * size, last * size)
-        for _ in tqdm(range(first, last), unit="batch", disable=rank > 0):
+        done = len(lines) if len(lines) == last - first else len(lines) // size * size
+        file.truncate(sum(lines[:done]))
+        records = islice(read_records(table, p.class_labels), first + done, last)
+        for _ in tqdm(range(first + done, last, size), unit="batch", disable=rank > 0):
             batch = list(islice(records, size))
             for name in steps:
                 batch = STEPS[name](batch, p)
@@ -861,7 +868,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each rank its own GPU
     try:
         print(process(step, table, p, rank, ranks))
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: the same command goes on from here")

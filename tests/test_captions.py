@@ -264,7 +264,7 @@ for name in {names}:
         text=True,
         env=environment,
         cwd=Path(__file__).parents[1],
-        timeout=60,
+        timeout=300,
     )
     assert run.returncode == 0 and run.stderr == "", run.stderr
     lines = run.stdout.splitlines()
