@@ -212,8 +212,7 @@ class TextEncoder:
     dtype: bfloat16 on CUDA, else float32, unless given (in float16, T5 gives NaN)
     cache_bytes: bound of the cache in CPU memory (a caption takes 50 to 200 kB)
 
-    Attributes: name, max_length, mask, and dim, the width of the states.
-    Raises ValueError or OSError, with one line, for what can't be used, found or loaded.
+    `dim` is the width of the states. ValueError or OSError, one line, for what can't be used.
     """
 
     def __init__(
@@ -247,9 +246,8 @@ class TextEncoder:
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """B captions -> states [B, max_length, dim] and the mask for cross-attention.
 
-        The states have the encoder's dtype and device. The mask is [B, max_length], True for a
-        token and False for a pad, or None when cross-attention sees the pads ("none", "encoder").
-        "" is a caption too: the unconditional text of classifier-free guidance.
+        The mask is [B, max_length], True for a token and False for a pad, or None when
+        cross-attention sees the pads. "" is a caption too: guidance's unconditional text.
         """
         if isinstance(captions, str) or not captions:
             raise ValueError(f"expected a list of captions, not {captions!r:.60}")
@@ -262,9 +260,8 @@ class TextEncoder:
             del self.cache[caption]
 
         states, masks = zip(*(found[caption] for caption in captions))
-        cross_attention_sees_pads = self.mask in ("none", "encoder")
-        masks = None if cross_attention_sees_pads else torch.stack(masks).to(self.device)
-        return torch.stack(states).to(self.device), masks
+        states, masks = (torch.stack(x).to(self.device) for x in (states, masks))
+        return states, masks if self.mask in ("cross-attention", "both") else None
 
     @torch.no_grad()  # and not inference_mode: the U-Net's backward pass reads the states
     def _encode(self, captions):
@@ -277,8 +274,7 @@ class TextEncoder:
             return_tensors="pt",
         )
         if any(encoding.overflowing for encoding in batch.encodings):  # Python shows it only once
-            cut = f"captions of more than {self.max_length} tokens are cut"
-            warnings.warn(cut, stacklevel=4)
+            warnings.warn(f"captions of more than {self.max_length} tokens are cut", stacklevel=4)
 
         mask = batch["attention_mask"].bool()  # [rows, L]
         # Ones mean unmasked in every model; None would leave it to the model.
@@ -322,8 +318,7 @@ def _load(what, name, device, dtype=None):
     source = str(Path(spec.origin).parent / inside) if spec else name
     options = {"trust_remote_code": False}
     if source.endswith(".gguf"):
-        source, _, options["gguf_file"] = source.rpartition("/")
-    source = source or "."
+        source, options["gguf_file"] = str(Path(source).parent), Path(source).name
     try:
         kind = transformers.AutoConfig.from_pretrained(source, **options).model_type
         kind = CLASSES.get(what) or CLASSES.get(kind, "AutoModel")
@@ -416,8 +411,9 @@ class LanguageModel:
             texts = self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
             return torch.tensor(["\n" in text.lstrip() for text in texts], device=tokens.device)
 
-        torch.manual_seed(zlib.crc32(f"{seed} {prompts[0]}".encode()))
         drawn = {"temperature": temperature, "top_k": 50} if temperature else {}
+        if drawn:
+            torch.manual_seed(zlib.crc32(f"{seed} {prompts[0]}".encode()))
         answers = self.model.generate(
             torch.tensor(tokens, device=self.model.device),  # [B, longest]
             attention_mask=torch.tensor(mask, device=self.model.device),
@@ -534,8 +530,10 @@ class Pipeline:
 
     @cached_property
     def encoders(self) -> dict[str, TextEncoder]:
-        names = {key: name for key, name in (("t5", self.t5), ("bert", self.bert)) if name}
-        return {x: TextEncoder(names[x], 128, "both", device=self.device) for x in names}
+        names = {"t5": self.t5, "bert": self.bert}
+        return {
+            x: TextEncoder(names[x], 128, "both", device=self.device) for x in names if names[x]
+        }
 
 
 def each(step):
@@ -553,10 +551,10 @@ def template(record: dict) -> str:
     return "The sound of " + ", ".join(record["labels"])  # P2, A: "The sound of [CLASS]"
 
 
-def _about(prompt, p):
+def _about(prompt, p, temperature):
     """What a record's history says of an answer of the LLM."""
     about = {"model": p.llm, "prompt": prompt.table, "shots": p.shots}
-    return about | {"temperature": p.temperature, "seed": p.seed}
+    return about | {"temperature": temperature, "seed": p.seed}
 
 
 def _ask(records, p, step, key, prompt, query, fallback, check=lambda record, answer: ""):
@@ -587,8 +585,8 @@ def _ask(records, p, step, key, prompt, query, fallback, check=lambda record, an
     out = list(records)
     for i, record in enumerate(records):
         if queries[i]:
-            values = {key: answers[i] or fallback(record)}
-            out[i] = _note(record, step, values, **_about(prompt, p), rejected=rejected[i])
+            values, about = {key: answers[i] or fallback(record)}, _about(prompt, p, p.temperature)
+            out[i] = _note(record, step, values, **about, rejected=rejected[i])
     return out
 
 
@@ -730,7 +728,8 @@ def entail(records: list[dict], p: Pipeline) -> list[dict]:
     The LLM's score is the mean over `repeats`, None if no answer is a score.
     """
     pairs = {i: pair for i, record in enumerate(records) if (pair := _pair(record, p))}
-    scores, how = {i: {} for i in pairs}, {i: _about(pairs[i][0], p) for i in pairs}
+    scores = {i: {} for i in pairs}
+    how = {i: {"first": first, "second": second} for i, (_, first, second) in pairs.items()}
     if pairs and p.repeats:
         texts = [prompt.text(f"{a} {b}", p.shots) for prompt, a, b in pairs.values()]
         temperature = p.temperature or (0.7 if p.repeats > 1 else 0.0)
@@ -739,14 +738,12 @@ def entail(records: list[dict], p: Pipeline) -> list[dict]:
             answers = [answer for answer, _ in answers]
             found = [x for x in map(parse_score, answers) if x is not None]
             scores[i]["llm"] = round(sum(found) / len(found), 4) if found else None
-            how[i]["spread"] = round(max(found) - min(found), 4) if found else None
-            how[i]["answers"] = answers
+            spread = round(max(found) - min(found), 4) if found else None
+            how[i] |= _about(pairs[i][0], p, temperature) | {"answers": answers, "spread": spread}
     for key, encoder in p.encoders.items() if pairs else ():
         _, first, second = zip(*pairs.values())
         for i, score in zip(pairs, cosine(encoder, first, second)):
             scores[i][key], how[i][f"{key}_model"] = score, encoder.name
-    for i, (_, first, second) in pairs.items():
-        how[i] |= {"first": first, "second": second}
     return [
         _note(record, "entail", {"entailment": scores.get(i)}, **how.get(i, {}))
         for i, record in enumerate(records)
@@ -805,9 +802,9 @@ VISUAL = ("frames", "describe", "merge-frames", "merge-audio-visual")  # run nee
 def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int = 1) -> Path:
     """Run a step, or "run", on the records of a table; appends to OUT/STEP.jsonl, which it returns.
 
-    One of several ranks appends to OUT/STEP.RANK-of-RANKS.jsonl what becomes of its share, one run
-    of batches; joined in their order, these are what one rank gives. A killed run loses the batch
-    it was at, and goes on after the last whole one. ValueError if it began with other settings.
+    Each of several ranks has its own file, OUT/STEP.RANK-of-RANKS.jsonl, for its stretch of the
+    batches; joined in this order they are what one rank gives. A killed run loses the batch it was
+    at, and goes on after the last whole one. ValueError if it began with other settings.
     """
     steps = [x for x in STEPS if p.videos or x not in VISUAL] if step == "run" else [step]
     if "frames" in steps and not (Path(p.videos or "none").is_dir() and shutil.which("ffmpeg")):

@@ -340,6 +340,7 @@ def test_entailment_means_and_spreads():
     out = captions.entail(records, p)
     assert [r["entailment"]["llm"] for r in out] == pytest.approx([0.7, None, 0.3])
     assert out[0]["history"][-1]["answers"] == ["0.9", "0.5"]
+    assert out[0]["history"][-1]["temperature"] == 0.7  # several answers are drawn
     assert out[0]["history"][-1]["spread"] == pytest.approx(0.4)
     assert out[1]["history"][-1]["answers"] == ["n/a", "1,0"]
 
