@@ -487,7 +487,7 @@ def read_records(table: str | Path, class_labels: str | Path = "") -> Iterator[d
 
 @cache
 def read_ontology(path: str) -> dict[str, str]:
-    """AudioSet's ontology.json -> class name: its description; "" -> nothing."""
+    """AudioSet's ontology.json -> class name: its description; no path: nothing."""
     try:
         nodes = json.loads(Path(path).read_bytes()) if path else []
         return {node["name"]: node["description"] for node in nodes}
@@ -517,8 +517,11 @@ class Pipeline:
     score: str = "bert"  # which of llm, t5 and bert filter looks at
     threshold: float = 0.3  # of that score; a caption below it gives way to the template
     batch_size: int = 16  # records at a time, and what a kill can lose
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
+    device: str = ""  # cpu or cuda; empty: cuda where there is one
     seed: int = 0  # of what the LLM draws
+
+    def __post_init__(self):
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def language_model(self) -> LanguageModel:
@@ -531,9 +534,8 @@ class Pipeline:
     @cached_property
     def encoders(self) -> dict[str, TextEncoder]:
         names = {"t5": self.t5, "bert": self.bert}
-        return {
-            x: TextEncoder(names[x], 128, "both", device=self.device) for x in names if names[x]
-        }
+        names = {key: name for key, name in names.items() if name}
+        return {x: TextEncoder(names[x], 128, "both", device=self.device) for x in names}
 
 
 def each(step):
