@@ -495,7 +495,10 @@ def read_ontology(path: str) -> dict[str, str]:
         raise ValueError(f"{path}: not AudioSet's ontology.json ({e!r})") from e
 
 
-# ---- the steps: from a list of records to a list of records --------------------------------------
+# ---- the steps -----------------------------------------------------------------------------------
+#
+# A step is a function from the records that it is for (STEPS says which) to pairs, one a record:
+# the values that the record gets, and how they came about, for its history.
 
 
 @dataclass
@@ -538,15 +541,8 @@ class Pipeline:
         return {x: TextEncoder(names[x], 128, "both", device=self.device) for x in names}
 
 
-def each(step):
-    """A step for one record, as one for a list of them."""
-    return lambda records, p: [step(record, p) for record in records]
-
-
-def _note(record, step, values, **how):
-    """The record with new values, and how they came about at the end of its history."""
-    history = [*record.get("history", []), {"step": step, **values, **how}]
-    return record | values | {"history": history}
+def is_single(record: dict) -> bool:
+    return len(record["labels"]) == 1
 
 
 def template(record: dict) -> str:
@@ -559,16 +555,15 @@ def _about(prompt, p, temperature):
     return about | {"temperature": temperature, "seed": p.seed}
 
 
-def _ask(records, p, step, key, prompt, query, fallback, check=lambda record, answer: ""):
-    """Records with the LLM's answer to query(record) as `key`; no query (""): left as they are.
+def _ask(records, p, key, prompt, queries, fallback, check=lambda record, answer: ""):
+    """The LLM's answers to the records' queries, as `key`.
 
     A useless answer is asked for once more, and then drawn, since greedy would repeat itself; after
     that it is fallback(record). The history keeps what was rejected, and why.
     """
-    queries = [query(record) for record in records]
     answers, rejected = [""] * len(records), [[] for _ in records]
     for again in range(2):
-        todo = [i for i, query in enumerate(queries) if query and not answers[i]]
+        todo = [i for i, answer in enumerate(answers) if not answer]
         texts = [prompt.text(queries[i], p.shots) for i in todo]
         temperature = p.temperature or 0.7 * again
         found = p.language_model(texts, 64, temperature, p.seed + again) if todo else []
@@ -584,34 +579,26 @@ def _ask(records, p, step, key, prompt, query, fallback, check=lambda record, an
                 rejected[i].append({"answer": answer, "reason": reason})
             else:
                 answers[i] = answer
-    out = list(records)
-    for i, record in enumerate(records):
-        if queries[i]:
-            values, about = {key: answers[i] or fallback(record)}, _about(prompt, p, p.temperature)
-            out[i] = _note(record, step, values, **about, rejected=rejected[i])
-    return out
+    about = _about(prompt, p, p.temperature)
+    return [
+        ({key: answer or fallback(record)}, {**about, "rejected": wrong})
+        for record, answer, wrong in zip(records, answers, rejected)
+    ]
 
 
-@each
-def single_label(record, p):
+def single_label(records, p):
     """P2, A.2: a clip of one label gets the template as its audio_caption."""
-    if len(record["labels"]) > 1:
-        return record
-    return _note(record, "single-label", {"audio_caption": template(record)})
+    return [({"audio_caption": template(record)}, {}) for record in records]
 
 
-def caption_labels(records: list[dict], p: Pipeline) -> list[dict]:
-    """P2, A.1: labels -> the LLM's audio_caption, where there isn't any yet."""
-
-    def query(record):
-        return "" if "audio_caption" in record else ", ".join(record["labels"])
-
-    return _ask(records, p, "labels", "audio_caption", LABELS, query, template)
+def caption_labels(records, p):
+    """P2, A.1: labels -> the LLM's audio_caption."""
+    queries = [", ".join(record["labels"]) for record in records]
+    return _ask(records, p, "audio_caption", LABELS, queries, template)
 
 
-@each
-def extract_frames(record, p):
-    """P2, A: a video -> frames, the paths of three JPEGs; [] and a reason where there are none."""
+def _extract_frames(record, p):
+    """A record's frames, the paths of three JPEGs; [] and a reason where there are none."""
     name, start = record["id"], record.get("start") or 0.0
     length = (record.get("end") or start + 10) - start
     files = [Path(p.videos, name + kind) for kind in (".mp4", ".mkv", ".webm", ".mov", ".avi")]
@@ -630,40 +617,34 @@ def extract_frames(record, p):
             break
         reason = run.stderr.decode(errors="replace").strip().split("\n")[-1] or "too short"
     else:
-        return _note(record, "frames", {"frames": []}, reason=reason)
+        return {"frames": []}, {"reason": reason}
     folder = Path(p.out, "frames", f"{zlib.crc32(name.encode()) % 1000:03d}")  # of 1,000 folders
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / f"{quote(name, safe='')}-{start:g}-{k}.jpg") for k in (1, 2, 3)]
     for path, picture in zip(paths, pictures):
         Path(path).write_bytes(picture)
-    return _note(record, "frames", {"frames": paths}, video=str(video), begin=begin)
+    return {"frames": paths}, {"video": str(video), "begin": begin}
 
 
-def describe(records: list[dict], p: Pipeline) -> list[dict]:
+def extract_frames(records, p):
+    """P2, A: videos -> frames at 1/3, 1/2 and 3/4 of the segments."""
+    return [_extract_frames(record, p) for record in records]
+
+
+def describe(records, p):
     """P2, A: frames -> frame_captions by BLIP-2, those of all records at once."""
     from PIL import Image
 
-    frames = [path for record in records for path in record.get("frames", [])]
-    images = [Image.open(path).convert("RGB") for path in frames]
-    texts = iter(p.describer(images) if images else [])
-    out = []
-    for record in records:
-        found = [next(texts) for _ in record.get("frames", [])]
-        values = {"frame_captions": found}
-        out.append(_note(record, "describe", values, model=p.blip) if found else record)
-    return out
+    frames = [path for record in records for path in record["frames"]]
+    texts = iter(p.describer([Image.open(path).convert("RGB") for path in frames]))
+    found = [[next(texts) for _ in record["frames"]] for record in records]
+    return [({"frame_captions": captions}, {"model": p.blip}) for captions in found]
 
 
-def merge_frames(records: list[dict], p: Pipeline) -> list[dict]:
-    """P2, A: frame_captions -> the LLM's visual_caption; BLIP-2's middle one if it fails."""
-
-    def query(record):
-        return " ".join(record.get("frame_captions", [])).strip()
-
-    def middle(record):
-        return record["frame_captions"][len(record["frame_captions"]) // 2]
-
-    return _ask(records, p, "merge-frames", "visual_caption", FRAMES, query, middle)
+def merge_frames(records, p):
+    """P2, A: frame_captions -> the LLM's visual_caption; BLIP-2's first one if it fails."""
+    queries = [" ".join(record["frame_captions"]) for record in records]
+    return _ask(records, p, "visual_caption", FRAMES, queries, lambda r: r["frame_captions"][0])
 
 
 # Words that say that something is heard; those between bars are of one sound
@@ -685,16 +666,12 @@ def wrong_sounds(caption: str, known: str) -> list[str]:
     return found
 
 
-def merge_audio_visual(records: list[dict], p: Pipeline) -> list[dict]:
+def merge_audio_visual(records, p):
     """P2, A.3: visual_caption and the single label -> the LLM's merged_caption, None if it fails.
 
     It fails, too, with a sound that the label doesn't have, "such as the implication of speech
     through the depiction of a person", and without a word that begins like one of the label's.
     """
-
-    def query(record):
-        single = len(record["labels"]) == 1 and "visual_caption" in record
-        return f"{record['visual_caption']} {record['labels'][0]}" if single else ""
 
     def check(record, answer):
         label = record["labels"][0]
@@ -703,8 +680,8 @@ def merge_audio_visual(records: list[dict], p: Pipeline) -> list[dict]:
         kept = any(word[:4].lower() in answer.lower() for word in re.findall(r"\w{3,}", label))
         return "" if kept else f"nothing of {label}"
 
-    step, key = "merge-audio-visual", "merged_caption"
-    return _ask(records, p, step, key, AUDIO_VISUAL, query, lambda record: None, check)
+    queries = [f"{record['visual_caption']} {record['labels'][0]}" for record in records]
+    return _ask(records, p, "merged_caption", AUDIO_VISUAL, queries, lambda record: None, check)
 
 
 def parse_score(answer: str) -> float | None:
@@ -724,78 +701,95 @@ def cosine(encoder: TextEncoder, first: list[str], second: list[str]) -> list[fl
     return [round(x, 4) for x in (a * b).sum(-1).tolist()]
 
 
-def entail(records: list[dict], p: Pipeline) -> list[dict]:
-    """P2, A.4: does what is seen fit what is heard? -> entailment: {"llm", "t5", "bert"}, or None.
+def has_pair(record: dict) -> bool:
+    return ("visual_caption" if is_single(record) else "audio_caption") in record
+
+
+def pair(record: dict, p: Pipeline) -> tuple[Prompt, str, str]:
+    """What entail compares, and how: (Prompt, what is seen, what is heard).
+
+    Heard is the label with its description (clips of one label) or the audio caption; without a
+    visual caption, the LLM's audio caption is compared with the labels' template.
+    """
+    prompt, label, seen = ENTAIL_CAPTION, record["labels"][0], record.get("visual_caption")
+    if is_single(record):
+        prompt, heard = ENTAIL_LABEL, f"{label} : {read_ontology(p.ontology).get(label, label)}"
+    elif seen:
+        heard = record["audio_caption"]
+    else:
+        seen, heard = record["audio_caption"], template(record)
+    if p.wording == "text":
+        prompt = prompt._replace(table=f"{prompt.table} in the text's words", head=ENTAIL_TEXT)
+    return prompt, seen, heard
+
+
+def entail(records, p):
+    """P2, A.4: does what is seen fit what is heard? -> entailment: {"llm": …, "t5": …, "bert": …}.
 
     The LLM's score is the mean over `repeats`, None if no answer is a score.
     """
-    pairs = {i: pair for i, record in enumerate(records) if (pair := _pair(record, p))}
-    scores = {i: {} for i in pairs}
-    how = {i: {"first": first, "second": second} for i, (_, first, second) in pairs.items()}
-    if pairs and p.repeats:
-        texts = [prompt.text(f"{a} {b}", p.shots) for prompt, a, b in pairs.values()]
+    prompts, first, second = zip(*[pair(record, p) for record in records])
+    scores, how = [{} for _ in records], [{"first": a, "second": b} for a, b in zip(first, second)]
+    if p.repeats:
+        texts = [x.text(f"{a} {b}", p.shots) for x, a, b in zip(prompts, first, second)]
         temperature = p.temperature or (0.7 if p.repeats > 1 else 0.0)
         rounds = [p.language_model(texts, 12, temperature, p.seed + k) for k in range(p.repeats)]
-        for i, answers in zip(pairs, zip(*rounds)):
+        for i, answers in enumerate(zip(*rounds)):
             answers = [answer for answer, _ in answers]
             found = [x for x in map(parse_score, answers) if x is not None]
             scores[i]["llm"] = round(sum(found) / len(found), 4) if found else None
             spread = round(max(found) - min(found), 4) if found else None
-            how[i] |= _about(pairs[i][0], p, temperature) | {"answers": answers, "spread": spread}
-    for key, encoder in p.encoders.items() if pairs else ():
-        _, first, second = zip(*pairs.values())
-        for i, score in zip(pairs, cosine(encoder, first, second)):
+            how[i] |= _about(prompts[i], p, temperature) | {"answers": answers, "spread": spread}
+    for key, encoder in p.encoders.items():
+        for i, score in enumerate(cosine(encoder, first, second)):
             scores[i][key], how[i][f"{key}_model"] = score, encoder.name
-    return [
-        _note(record, "entail", {"entailment": scores.get(i)}, **how.get(i, {}))
-        for i, record in enumerate(records)
-    ]
+    return [({"entailment": x}, y) for x, y in zip(scores, how)]
 
 
-def _pair(record, p):
-    """(Prompt, first caption, second) for entail, or None where there is nothing to compare.
-
-    The visual caption and the label with its description (clips of one label) or the audio caption;
-    without a visual caption, the LLM's audio caption and the labels' template.
-    """
-    seen, heard = record.get("visual_caption"), record.get("audio_caption")
-    prompt, label, single = ENTAIL_CAPTION, record["labels"][0], len(record["labels"]) == 1
-    if seen and single:
-        prompt, heard = ENTAIL_LABEL, f"{label} : {read_ontology(p.ontology).get(label, label)}"
-    elif not seen and not single:
-        seen, heard = heard, template(record)
-    if p.wording == "text":
-        prompt = prompt._replace(table=f"{prompt.table} in the text's words", head=ENTAIL_TEXT)
-    return (prompt, seen, heard) if seen and heard else None
-
-
-@each
-def gate(record, p):
+def gate(records, p):
     """-> captions, a list of one: the merged one, or else the audio caption, if its score is good
     enough or there is nothing to score; else the template. `gate` says which."""
-    caption = record.get("merged_caption") or record.get("audio_caption") or template(record)
-    scores, verdict = record.get("entailment", {}), "nothing to score"
-    if scores is not None:
-        if p.score not in scores:
-            raise ValueError(f"{record['id']}: no {p.score} score; filter needs entail's")
-        score = scores[p.score]
-        passes = score is not None and score >= p.threshold
-        verdict = f"{p.score} {score} {'passes' if passes else 'fails'} {p.threshold}"
-        caption = caption if passes else template(record)
-    return _note(record, "filter", {"captions": [caption], "gate": verdict})
+    out = []
+    for record in records:
+        caption = record.get("merged_caption") or record.get("audio_caption") or template(record)
+        verdict = "nothing to score"
+        if has_pair(record):
+            if p.score not in record.get("entailment", {}):
+                raise ValueError(f"{record['id']}: no {p.score} score; filter needs entail's")
+            score = record["entailment"][p.score]
+            passes = score is not None and score >= p.threshold
+            verdict = f"{p.score} {score} {'passes' if passes else 'fails'} {p.threshold}"
+            caption = caption if passes else template(record)
+        out.append(({"captions": [caption], "gate": verdict}, {}))
+    return out
 
 
-STEPS = {
-    "single-label": single_label,
-    "labels": caption_labels,
-    "frames": extract_frames,
-    "describe": describe,
-    "merge-frames": merge_frames,
-    "merge-audio-visual": merge_audio_visual,
-    "entail": entail,
-    "filter": gate,
+STEPS = {  # name: (is it for this record?, the step)
+    "single-label": (is_single, single_label),
+    "labels": (lambda record: "audio_caption" not in record, caption_labels),
+    "frames": (lambda record: True, extract_frames),
+    "describe": (lambda record: record.get("frames"), describe),
+    "merge-frames": (lambda record: record.get("frame_captions"), merge_frames),
+    "merge-audio-visual": (lambda r: is_single(r) and "visual_caption" in r, merge_audio_visual),
+    "entail": (has_pair, entail),
+    "filter": (lambda record: True, gate),
 }
 VISUAL = ("frames", "describe", "merge-frames", "merge-audio-visual")  # run needs --videos for them
+
+
+def run_step(name: str, records: list[dict], p: Pipeline) -> list[dict]:
+    """The records after a step; those that it isn't for stay as they are."""
+    wanted, step = STEPS[name]
+    mine = [record for record in records if wanted(record)]
+    new = iter(step(mine, p) if mine else [])
+    out = []
+    for record in records:
+        if wanted(record):
+            values, how = next(new)
+            history = [*record.get("history", []), {"step": name, **values, **how}]
+            record = record | values | {"history": history}
+        out.append(record)
+    return out
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -834,7 +828,7 @@ def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int
         for _ in tqdm(range(first + done, last, size), unit="batch", disable=rank > 0):
             batch = list(islice(records, size))
             for name in steps:
-                batch = STEPS[name](batch, p)
+                batch = run_step(name, batch, p)
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in batch]
             file.write("".join(lines).encode())
             file.flush()
