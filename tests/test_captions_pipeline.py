@@ -277,6 +277,7 @@ def test_sounds_that_labels_do_not_have(ontology):
     ]
     assert wrong_sounds("a man talks", "Male speech, man speaking") == []  # other words for it
     assert wrong_sounds("a man on a single ring, rapid", "Wind") == []
+    assert wrong_sounds("thunder far off", "Thunderstorm") == []
     assert wrong_sounds("a country song", "Country") == ["song"]
     assert wrong_sounds("a country tune", "Country") == ["tune"]
     assert wrong_sounds("a country tune", f"Country {classes['Country']}") == []
@@ -294,13 +295,16 @@ def test_a_merge_with_an_invented_sound_is_redone_or_dropped(ontology):
     seen = {"visual_caption": "a man on a field", "audio_caption": "The sound of X"}
     records = [record(["Whip"], **seen), record(["Country"], **seen), record(["Whip"])]
     records.append(record(["Whip", "Speech"], **seen))  # not a single label
+    records.append(record(["Speech"], **seen))
     out = captions.run_step("merge-audio-visual", records, p)
     assert out[0]["merged_caption"] == "a whip cracks on a field."
     assert out[1]["merged_caption"] is None
     reasons = [x["reason"] for x in out[1]["history"][-1]["rejected"]]
     assert reasons == ["not in the label: speaks", "nothing of Country"]
-    assert out[2:] == records[2:]
-    assert p.language_model.asked[0][0] == ["a man on a field Whip", "a man on a field Country"]
+    assert out[2:4] == records[2:4]
+    assert out[4]["merged_caption"] == "a man speaks over a field."  # speech, in other words
+    queries = [f"a man on a field {label}" for label in ("Whip", "Country", "Speech")]
+    assert p.language_model.asked[0][0] == queries
 
 
 @pytest.mark.parametrize(
