@@ -302,10 +302,7 @@ CLASSES = {
 
 
 def _load(what, name, device, dtype=None):
-    """A frozen model of transformers and its tokenizer; whatever can't be used gets one line.
-
-    name: a folder, a hub id (transformers downloads it, once), or a GGUF file in either.
-    """
+    """A frozen model of transformers and its tokenizer; whatever can't be used gets one line."""
     import transformers  # here, since it takes seconds that `--help` should not
 
     transformers.logging.set_verbosity_error()
@@ -387,13 +384,11 @@ class LanguageModel:
     ) -> list[tuple[str, bool]]:
         """B prompts -> (first line, whether it came to an end within `length` tokens) of each.
 
-        temperature 0: the likeliest token each time (greedy); above: drawn, from `seed` and the
-        first prompt, with torch's global generator.
+        temperature 0: the likeliest token each time (greedy); above: drawn by torch's generator.
         """
         ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         longest = max(map(len, ids))
-        # The solved examples are the same for all: their keys and values are computed only once,
-        # which makes few-shot prompts several times faster on a CPU.
+        # The solved examples are the same for all: their keys and values are computed only once.
         shared = os.path.commonprefix(ids)[: min(map(len, ids)) - 1]
         if shared != self.prefix:
             tokens = torch.tensor([shared], device=self.model.device)
