@@ -32,7 +32,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shlex
 import sys
@@ -192,6 +191,7 @@ class Cnn14(nn.Module):
     def __init__(self, classes=527, widths=(64, 128, 256, 512, 1024, 2048), labels=None):
         super().__init__()
         self.classes, self.widths, self.labels = classes, tuple(widths), labels
+        self.sha256 = ""  # of the file it was loaded from
         self.register_buffer("mel", mel_matrix())
         self.bn0 = nn.BatchNorm2d(64)
         for i, pair in enumerate(zip((1, *widths), widths, strict=False), 1):
@@ -249,9 +249,9 @@ class Cnn14(nn.Module):
             labels = json.loads(metadata.get("labels", "null"))
             model = cls(len(state["fc_audioset.bias"]), widths, labels)
             model.load_state_dict(state)
-        except (KeyError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
-                json.JSONDecodeError, safetensors.SafetensorError) as e:  # fmt: skip
+        except Exception as e:  # of many types: a damaged byte leads the unpickler anywhere
             raise ValueError(f"{path}: damaged, unsafe, or no Cnn14 for 16 kHz ({e!r:.80})") from e
+        model.sha256 = file_sha256(path)
         return model.eval().requires_grad_(False)
 
 
@@ -384,6 +384,16 @@ def embed(
     return Features(names, values, [name for name in names if found[name][1]], dict(rates))
 
 
+def hear(sounds: Sounds, classifier: Cnn14, **options) -> Features:
+    """`embed` by a classifier: its embedding and its logits, side by side."""
+
+    def network(waves: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            return torch.cat(classifier(waves.to(classifier.mel.device)), 1)
+
+    return embed(sounds, network, f"cnn14 {classifier.sha256}", **options)
+
+
 @torch.no_grad()
 def clap_score(name: str, group: Sounds, captions: dict[str, str], device, **options) -> dict:
     """Mean cosine of CLAP's embeddings of sounds and captions. `name`: folder or hub id; options:
@@ -400,7 +410,7 @@ def clap_score(name: str, group: Sounds, captions: dict[str, str], device, **opt
         raise ValueError(f"CLAP {name}: {len(missing)} weights are missing ({missing[0]}, …)")
     model = model.to(device).eval()
 
-    def hear(waves: Tensor) -> Tensor:
+    def listen(waves: Tensor) -> Tensor:
         # The first 10 s: of anything longer the extractor would take a part at random.
         rate = extractor.sampling_rate
         waves = resample(waves, SAMPLE_RATE, rate)[:, : extractor.nb_max_samples].numpy()
@@ -410,7 +420,7 @@ def clap_score(name: str, group: Sounds, captions: dict[str, str], device, **opt
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    heard = embed(group, hear, f"clap {digest.hexdigest()}", title="CLAP", **options)
+    heard = embed(group, listen, f"clap {digest.hexdigest()}", title="CLAP", **options)
     cosines = []
     for n, audio in zip(heard.names, heard.values, strict=True):
         text = tokenizer(captions[n], truncation=True, return_tensors="pt").to(device)
@@ -567,9 +577,10 @@ def run(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
     classifier = Cnn14.load(args.classifier).to(device)
-    sha256 = file_sha256(args.classifier)
     paths, captions, missing, paired = choose(args)
     names = sorted(paths["generated"])
+    if args.variants and (not paired or len(names) < 10):
+        raise ValueError("--variants needs 10 or more pairs")
     sounds = {
         k: {n: partial(load_sound, path) for n, path in found.items()} for k, found in paths.items()
     }
@@ -581,13 +592,16 @@ def run(args: argparse.Namespace) -> None:
         sounds["silence"] = dict.fromkeys(names, lambda: (torch.zeros(CLIP_SAMPLES), SAMPLE_RATE))
         sounds["noise"] = {n: partial(noise, i) for i, n in enumerate(names)}
 
-    def network(waves: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            return torch.cat(classifier(waves.to(device)), 1)
-
+    # Every rank takes a share of the sounds; one of them does the sums.
     options = {"cache": args.cache, "batch_size": args.batch_size}
-    tag, width = f"cnn14 {sha256}", classifier.widths[-1]
-    features = {k: embed(group, network, tag, title=k, **options) for k, group in sounds.items()}
+    features = {k: hear(group, classifier, title=k, **options) for k, group in sounds.items()}
+    metrics = {}
+    if args.clap:
+        texts = captions or {n: caption_of(path) for n, path in paths["generated"].items()}
+        metrics["clap"] = clap_score(args.clap, sounds["generated"], texts, device, **options)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    width = classifier.widths[-1]
     reference, generated = features.pop("reference"), features["generated"]
     sets = {"reference": measure(reference, None, width, paired)}
     sets |= {k: measure(f, reference, width, paired) for k, f in features.items()}
@@ -598,32 +612,27 @@ def run(args: argparse.Namespace) -> None:
         sets["shuffled"] = {k: row[k] for k in row if k == "N" or k.startswith("KL")}
     for k, ids in missing.items():
         sets[k]["missing"] = ids
-    metrics = {"sets": sets, "paired": paired}
+    metrics |= {"sets": sets, "paired": paired}
     if args.table:
         metrics["captions"] = f"{args.table.name}: {len(captions)} clips, the first caption of each"
     if args.seeds:
         metrics["FD_seeds"] = [sets[k]["FD"] for k in sets if k == "generated" or "seed" in k]
     if args.variants:
-        if not paired or len(names) < 10:
-            raise ValueError("--variants needs 10 or more pairs")
         metrics["variants"] = variants(generated.values[:, width:], reference.values[:, width:])
-    if args.clap:
-        captions = captions or {n: caption_of(path) for n, path in paths["generated"].items()}
-        metrics["clap"] = clap_score(args.clap, sounds["generated"], captions, device, **options)
     metrics |= {
         "folders": {"generated": str(args.generated), "reference": str(args.reference)},
-        "classifier": {"file": args.classifier.name, "sha256": sha256, "sample_rate": SAMPLE_RATE,
-                       "classes": classifier.classes, "embedding": width},
+        "classifier": {"file": args.classifier.name, "sha256": classifier.sha256,
+                       "sample_rate": SAMPLE_RATE, "classes": classifier.classes,
+                       "embedding": width},
         "versions": {"evaluate.py": file_sha256(__file__),
                      "torch": torch.__version__},
         "command": shlex.join(["python", "evaluate.py", *map(str, args.arguments)]),
     }  # fmt: skip
-    if int(os.environ.get("RANK", 0)) == 0:
-        show(metrics)
-        out = args.out or args.generated
-        out.mkdir(parents=True, exist_ok=True)
-        write_aside(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-        print(out / "metrics.json")
+    show(metrics)
+    out = args.out or args.generated
+    out.mkdir(parents=True, exist_ok=True)
+    write_aside(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    print(out / "metrics.json")
 
 
 def caption_of(path: Path) -> str:

@@ -31,7 +31,6 @@ import inspect
 import io
 import json
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -169,7 +168,7 @@ class EncodecCodec:
                 f"EnCodec's weights are not at {path} ({e}): download {self.url} and put the file "
                 f"there, or say with --encodec-weights where it is"
             ) from e
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as e:
+        except Exception as e:  # of many types: a damaged byte leads the unpickler anywhere
             raise ValueError(f"{path}: damaged, unsafe, or not EnCodec's 24 kHz weights") from e
         self.model.set_target_bandwidth(6.0)  # 8 codebooks; without it there would be 32
         self.model.requires_grad_(False)
@@ -796,7 +795,8 @@ def _audioset_rows(lines: list[str], audio_folder: Path, class_labels) -> list[d
     return rows
 
 
-def _load_row(row: dict, audio_folder: Path) -> Tensor:
+def load_row(row: dict, audio_folder: Path) -> Tensor:
+    """The clips of a row of `read_table`, [n, 161280]."""
     several = row.get("several_clips", False)
     seconds = None if several else CLIP_SAMPLES / SAMPLE_RATE
     return to_clips(load_audio(audio_folder / row["file"], seconds), several)
@@ -842,7 +842,7 @@ def main() -> None:
             args.out,
             load_codec(args.codec, device, args.encodec_weights),
             rows,
-            functools.partial(_load_row, audio_folder=args.audio_folder),
+            functools.partial(load_row, audio_folder=args.audio_folder),
             shard_rows=args.shard_rows,
             batch_size=args.batch_size,
             workers=args.workers,

@@ -3,7 +3,7 @@
     loss = E ‖ε_θ(x_t, t, τ(y)) − ε‖²   with  x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε,  t uniform in 0 … 999
 
     x_0   normalised latent [B, 128, 24, 21]       y   its caption, "" for one clip in ten
-    τ     the frozen text encoder                  ε   Gaussian noise (or v: diffusion.py)
+    τ     the frozen text encoder                  ε   Gaussian noise (or v, x_0: diffusion.py)
 
     python train.py                                          the tiny model, on tiny/'s recordings
     torchrun --nproc_per_node 8 train.py --preset paper --data FOLDER \\
@@ -100,7 +100,7 @@ class Config:
     batch_size: Count = 8  # clips a rank and forward pass
     accumulate: Count = 1  # forward passes a step
     lr: Positive = 7e-4  # peak learning rate of AdamW
-    beta2: Share = 0.95  # its memory of squared gradients; 0.999 (the papers) can't take this lr
+    beta2: Share = 0.95  # AdamW's memory of squared gradients; the papers: 0.999
     warmup_steps: NotNegative = 300  # linear from 0, then cosine decay to 0
     weight_decay: NotNegative = 0.01  # AdamW's
     clip: Positive = 1.0  # largest norm of the gradient
@@ -339,7 +339,8 @@ class Run:
             predicted = model(x_t, t, text, text_mask, c.gradient_checkpointing)
         losses = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
         if c.prediction == "x0":
-            # v's error is x_0's over √(1−ᾱ_t): the loss of v, bounded where there is hardly noise.
+            # v's error is x_0's over √(1−ᾱ_t): the loss of v, bounded where there is hardly noise
+            # (Li and He 2025).
             losses = losses / (1 - self.alphas_cumprod[t]).clamp(min=0.05).to(losses)
         return losses
 
@@ -528,7 +529,8 @@ def load_newest(run: Run) -> None:
     for path in paths:
         try:
             return run.load(path)
-        except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as e:
+        except (RuntimeError, LookupError, AttributeError, TypeError, EOFError, OSError,
+                pickle.UnpicklingError) as e:  # fmt: skip
             print(f"{path} can't be read ({str(e).splitlines()[0]}); trying the one before")
     if paths:
         raise ValueError(f"{folder}: no checkpoint can be read; --no-resume sets the run aside "

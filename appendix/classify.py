@@ -106,9 +106,9 @@ def targets_of(data: LatentDataset, indices, labels: list[str]) -> Tensor:
     place = {label: i for i, label in enumerate(labels)}
     targets = torch.zeros(len(indices), len(labels))
     for row, i in enumerate(indices):
-        for label in data.record(i)["labels"]:
-            if label in place:
-                targets[row, place[label]] = 1
+        for number in data.label_ids(i):
+            if data.labels[number] in place:
+                targets[row, place[data.labels[number]]] = 1
     return targets
 
 
@@ -301,22 +301,28 @@ def train(c: Config, data: LatentDataset, held_out: LatentDataset, out: Path, de
     optimizer = torch.optim.AdamW(groups, lr=c.lr)
     weights = data.sampling_weights().numpy().cumsum()
     weights /= weights[-1]
-    first, checkpoint = 0, out / "checkpoint.pt"
+    first, scores, checkpoint = 0, None, out / "checkpoint.pt"
+    run = asdict(c) | {"labels": labels, "clips": len(data)}
     out.mkdir(parents=True, exist_ok=True)
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        if saved["config"] != asdict(c):
-            raise ValueError(f"{out}: holds a run of other settings, {saved['config']}")
+        try:
+            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            before = saved["run"]
+        except Exception as e:  # of many types: a damaged byte leads the unpickler anywhere
+            raise ValueError(f"{checkpoint}: damaged ({e!r:.80}); delete it to start again") from e
+        if before != run:
+            differs = ", ".join(k for k in run if before.get(k) != run[k])
+            raise ValueError(
+                f"{out}: holds a run of other settings ({differs}); choose another --out"
+            )
         tagger.load_state_dict(saved["tagger"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     print(f"{c.model}: {sum(p.numel() for p in tagger.parameters()):,} parameters, "
           f"{len(labels)} classes, {len(data):,} clips, from step {first}")  # fmt: skip
 
-    codec, bar = (
-        LogMelCodec(),
-        tqdm(range(first, c.steps), initial=first, total=c.steps, unit="step"),
-    )
+    codec = LogMelCodec()
+    bar = tqdm(range(first, c.steps), initial=first, total=c.steps, unit="step")
     for step in bar:
         tagger.train()
         rng = np.random.default_rng((c.seed, 1, step))
@@ -336,12 +342,12 @@ def train(c: Config, data: LatentDataset, held_out: LatentDataset, out: Path, de
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == c.steps:
             scores = test(tagger, held_out, labels, device)
             bar.write(f"step {step + 1}: mAP {scores['mAP']:.4f}, AUC {scores['AUC']:.4f}")
-            state = {"config": asdict(c), "step": step + 1, "tagger": tagger.state_dict()}
+            state = {"run": run, "step": step + 1, "tagger": tagger.state_dict()}
             aside = checkpoint.with_suffix(".tmp")
             torch.save(state | {"optimizer": optimizer.state_dict()}, aside)
             aside.rename(checkpoint)
     save_tagger(out / "tagger.safetensors", tagger, c.model, labels, c.width)
-    scores = test(tagger, held_out, labels, device) | {"config": asdict(c)}
+    scores = (scores or test(tagger, held_out, labels, device)) | {"config": asdict(c)}
     write_aside(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
     return scores
 
@@ -386,7 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.command == "encode":
             rows = latents.read_table(args.table, args.audio_folder, args.class_labels)
-            load = functools.partial(latents._load_row, audio_folder=args.audio_folder)
+            load = functools.partial(latents.load_row, audio_folder=args.audio_folder)
             latents.encode_dataset(args.out, LogMelCodec(), rows, load, workers=args.workers)
             print(f"{args.out}: {len(LatentDataset(args.out))} clips")
         elif args.command == "train":

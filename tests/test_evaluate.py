@@ -327,8 +327,17 @@ def test_files_that_are_no_classifier(small, tmp_path, monkeypatch):
     torch.save({"model": state, "x": Bomb()}, "bomb.pth")
     torch.save(state, "bare.pth")
     Path("text.pth").write_text("hello")
+    Path("torn.pth").write_text("torn")  # "t" is an opcode of pickle's: an IndexError
     Path("text.safetensors").write_text("hello")
-    for name in ("32k.pth", "lacks.pth", "bomb.pth", "bare.pth", "text.pth", "text.safetensors"):
+    for name in (
+        "32k.pth",
+        "lacks.pth",
+        "bomb.pth",
+        "bare.pth",
+        "text.pth",
+        "torn.pth",
+        "text.safetensors",
+    ):
         with pytest.raises(ValueError, match=name):
             Cnn14.load(name)
     assert not Path("bombed").exists()

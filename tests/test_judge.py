@@ -47,6 +47,15 @@ def test_ranks():
     assert judge.ranks(logits, ["a", "b", "c"], ["a", "c", "c"]).tolist() == [0, 2, 0]
 
 
+def test_pairs_by_hand():
+    """Of the first two clips, which ask for a and b, one has both, one only a."""
+    named = [{"a", "b"}, {"a", "b"}] + [{"c"}] * 10
+    logits = torch.zeros(12, 3)
+    logits[2:, :2] = torch.arange(10.0)[:, None]  # nine of ten are below 8.1
+    logits[0, :2], logits[1, 0], logits[1, 1] = 8.5, 8.5, 8.0
+    assert judge.judge_pairs(logits, named, 2, ["a", "b", "c"]) == [True, False]
+
+
 def test_end_to_end(recordings, tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

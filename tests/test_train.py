@@ -422,11 +422,15 @@ def test_a_full_disk_at_the_end(what, whole, small, tmp_path, monkeypatch):
     assert_same_run(out, whole, 8)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, small, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["half", "other bytes"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, whole, small, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     newest = out / "checkpoints/step-0000008.pt"
-    os.truncate(newest, newest.stat().st_size // 2)
+    if damage == "half":
+        os.truncate(newest, newest.stat().st_size // 2)
+    else:
+        newest.write_bytes(b"torn")
     train.main([*small, *EIGHT, "--out", str(out)])
     printed = capsys.readouterr().out
     assert "step-0000008.pt can't be read" in printed and "from step 6" in printed

@@ -21,11 +21,14 @@ import argparse
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
@@ -49,10 +52,10 @@ def other_scene(scene: dict, recordings: Recordings, number: int) -> dict:
 def real_scene(label: str, recordings: Recordings, number: int) -> dict:
     """A scene with one label, near by."""
     rng = np.random.default_rng([SEED, 2000, recordings.names.index(label), number])
-    scene = draw_scenes(recordings, "test", 1, SEED)[0]
-    scene |= {"labels": [label], "order": "together", "place": "near", "noise_db": None}
-    scene |= {"layers": draw_layers(rng, recordings, [label], "together"), "wet": 0.1}
-    return scene | {"level_db": -18.0, "seed": int(rng.integers(2**31))}
+    scene = {"labels": [label], "order": "together", "place": "near", "noise_db": None}
+    scene |= {"rt60": 0.3, "wet": 0.1, "level_db": -18.0}
+    scene["layers"] = draw_layers(rng, recordings, [label], "together")
+    return scene | {"seed": int(rng.integers(2**31))}
 
 
 def write_scenes(folder: Path, scenes: dict[str, dict], recordings: Recordings) -> None:
@@ -77,110 +80,118 @@ def write_generated(folder: Path, prompts: dict[str, str], model, args) -> None:
             save_audio(folder / f"{names[i]}.wav", wave, json.dumps({"prompt": texts[i]}))
 
 
-def ranks(logits: torch.Tensor, labels: list[str], asked: list[str]) -> np.ndarray:
+def ranks(logits: Tensor, labels: list[str], asked: Sequence[str]) -> np.ndarray:
     """0 where the class asked for is the tagger's first guess, 1 where the second, …"""
     place = [labels.index(label) for label in asked]
     own = logits[torch.arange(len(logits)), place][:, None]
     return (logits > own).sum(1).numpy()
 
 
+def hear(sounds: dict[str, Path], tagger: evaluate.Cnn14) -> tuple[list[str], Tensor, Tensor]:
+    """Names, embeddings [N, D] and logits [N, classes] of files."""
+    loaders = {name: partial(evaluate.load_sound, path) for name, path in sounds.items()}
+    found, width = evaluate.hear(loaders, tagger), tagger.widths[-1]
+    return found.names, found.values[:, :width], found.values[:, width:]
+
+
+def judge_sets(recordings: Recordings, model, args: argparse.Namespace) -> dict:
+    """1. evaluate.py's metrics.json."""
+    folder = args.out / "sets"
+    scenes = {s["id"]: s for s in draw_scenes(recordings, "test", args.scenes, SEED)}
+    captions = {name: scene["captions"][0] for name, scene in scenes.items()}
+    others = {n: other_scene(s, recordings, i) for i, (n, s) in enumerate(scenes.items())}
+    write_scenes(folder / "reference", scenes, recordings)
+    write_scenes(folder / "other", others, recordings)
+    write_generated(folder / "generated", captions, model, args)
+    with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("name", "caption"), *captions.items()])
+    arguments = [folder / "generated", folder / "reference", "--controls", folder / "other"]
+    arguments += ["--codec", "mel", "--variants", "--classifier", args.classifier, "--out", folder]
+    evaluate.main([*map(str, arguments)])
+    return json.loads((folder / "metrics.json").read_text())["sets"]
+
+
+def judge_classes(heard: dict, asked: dict[str, str], tagger: evaluate.Cnn14) -> dict[str, dict]:
+    """2. class -> {"generated top-1": share, …}. heard: kind -> what `hear` gives; asked: name ->
+    class."""
+    rows = {label: {} for label in sorted(set(asked.values()))}
+    for kind, (names, _, logits) in heard.items():
+        classes = np.array([asked[name] for name in names])
+        rank = ranks(logits, tagger.labels, classes)
+        for label, row in rows.items():
+            for k in (1, 5):
+                row[f"{kind} top-{k}"] = float((rank[classes == label] < k).mean())
+    return rows
+
+
+def judge_pairs(logits: Tensor, named: list[set[str]], pairs: int, labels: list[str]) -> list[bool]:
+    """3. Of the first `pairs` clips, each of two classes: are both heard, each above the 90th
+    percentile of the clips that don't name it? logits [N, classes]; named: the classes asked for,
+    clip by clip."""
+    both = []
+    for i in range(pairs):
+        above = []
+        for label in named[i]:
+            scores = logits[:, labels.index(label)]
+            without = [j for j in range(len(named)) if label not in named[j]]
+            above.append(bool(scores[i] > scores[without].quantile(0.9)))
+        both.append(all(above))
+    return both
+
+
 def judge(args: argparse.Namespace) -> dict:
     recordings = Recordings(HERE / "recordings.csv", "test")
     wording, classes, out = recordings.wording, recordings.names, args.out
     tagger = evaluate.Cnn14.load(args.classifier)
-    width = tagger.widths[-1]
     if not tagger.labels or set(classes) - set(tagger.labels):
         raise ValueError(f"{args.classifier}: doesn't know the tiny world's classes")
     model = load_model(args.model, args.device)
+    sets = judge_sets(recordings, model, args)
 
-    def hear(folder: Path) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-        """Names, embeddings and logits of a folder's sounds."""
-        paths = evaluate.sounds_of(folder)
-        sounds = {name: partial(evaluate.load_sound, path) for name, path in paths.items()}
-        tag = f"judge {evaluate.file_sha256(args.classifier)}"
-        found = evaluate.embed(sounds, lambda w: torch.cat(tagger(w), 1), tag, title=folder.name)
-        return found.names, found.values[:, :width], found.values[:, width:]
-
-    # 1. Sets
-    scenes = {s["id"]: s for s in draw_scenes(recordings, "test", args.scenes, SEED)}
-    captions = {name: scene["captions"][0] for name, scene in scenes.items()}
-    others = {n: other_scene(s, recordings, i) for i, (n, s) in enumerate(scenes.items())}
-    write_scenes(out / "sets" / "reference", scenes, recordings)
-    write_scenes(out / "sets" / "other", others, recordings)
-    write_generated(out / "sets" / "generated", captions, model, args)
-    with open(out / "sets" / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("name", "caption"), *captions.items()])
-    folders = [str(out / "sets" / name) for name in ("generated", "reference", "other")]
-    options = ["--controls", folders[2], "--codec", "mel", "--classifier", str(args.classifier)]
-    evaluate.main([*folders[:2], *options, "--variants", "--out", str(out / "sets")])
-    metrics = json.loads((out / "sets" / "metrics.json").read_text())
-
-    # 2. Classes
-    asked = {f"{k:02d}-{i}": label for k, label in enumerate(classes) for i in range(args.clips)}
+    asked, real = {}, {}
+    for k, label in enumerate(classes):
+        for i in range(args.clips):
+            asked[f"{k:02d}-{i}"], real[f"{k:02d}-{i}"] = label, real_scene(label, recordings, i)
     prompts = {name: wording[label]["plain"] for name, label in asked.items()}
-    real = {
-        name: real_scene(label, recordings, int(name.split("-")[1]))
-        for name, label in asked.items()
-    }
     write_scenes(out / "classes" / "real", real, recordings)
     write_generated(out / "classes" / "generated", prompts, model, args)
-    heard = {kind: hear(out / "classes" / kind) for kind in ("generated", "real")}
-    top = {}
-    for kind, (names, _, logits) in heard.items():
-        rank = ranks(logits, tagger.labels, [asked[n] for n in names])
-        of = np.array([asked[n] for n in names])
-        top[kind] = {label: (rank[of == label] < np.array([[1], [5]])).mean(1) for label in classes}
-    rows = {
-        label: {f"{kind} top-{k}": float(top[kind][label][i])
-                for kind in top for i, k in enumerate((1, 5))}
-        for label in classes
-    }  # fmt: skip
+    folders = {kind: out / "classes" / kind for kind in ("generated", "real")}
+    heard = {kind: hear(evaluate.sounds_of(path), tagger) for kind, path in folders.items()}
+    rows = judge_classes(heard, asked, tagger)
     totals = {key: float(np.mean([row[key] for row in rows.values()])) for key in rows[classes[0]]}
 
-    # 3. Pairs: each class with another, seven places on in the alphabet
-    pairs = {}
-    for k, first in enumerate(classes):
-        second = classes[(k + 7) % len(classes)]
-        pairs[f"pair-{k:02d}"] = (first, second)
-    texts = {
-        name: f"{wording[a]['full']} and {wording[b]['full']}" for name, (a, b) in pairs.items()
+    # Each class with another, seven places on in the alphabet.
+    pairs = {
+        f"pair-{k:02d}": (classes[k], classes[k - len(classes) + 7]) for k in range(len(classes))
     }
+    texts = {n: " and ".join(wording[label]["full"] for label in pair) for n, pair in pairs.items()}
     write_generated(out / "pairs", texts, model, args)
-    names, _, logits = hear(out / "pairs")
-    everything = torch.cat([logits, heard["generated"][2]])
+    names, _, logits = hear(evaluate.sounds_of(out / "pairs"), tagger)
     named = [set(pairs[n]) for n in names] + [{asked[n]} for n in heard["generated"][0]]
-    both = []
-    for i, name in enumerate(names):
-        above = []
-        for label in pairs[name]:
-            place = tagger.labels.index(label)
-            without = [j for j, labels in enumerate(named) if label not in labels]
-            bar = everything[without, place].quantile(0.9)
-            above.append(bool(logits[i, place] > bar))
-        both.append(all(above))
+    logits = torch.cat([logits, heard["generated"][2]])
+    both = judge_pairs(logits, named, len(names), tagger.labels)
 
     # 4. Nearest training recording
-    training = Recordings(HERE / "recordings.csv", "train")
-    files = [t["file"] for s in training.classes.values() for ts in s.values() for t in ts]
-    sounds = {file: partial(evaluate.load_sound, HERE / file) for file in files}
-    tag = f"judge {evaluate.file_sha256(args.classifier)}"
-    found = evaluate.embed(sounds, lambda w: torch.cat(tagger(w), 1), tag, title="recordings")
-    known = torch.nn.functional.normalize(found.values[:, :width], dim=1)
-    nearest, similarity = {}, {}
-    for kind, (names, embeddings, _) in heard.items():
-        cosine = torch.nn.functional.normalize(embeddings, dim=1) @ known.T
-        best, index = cosine.max(1)
-        similarity[kind] = best.median().item()
-        if kind == "generated":
-            nearest = {
-                n: {"prompt": prompts[n], "recording": found.names[i], "cosine": round(b, 4)}
-                for n, i, b in zip(names, index.tolist(), best.tolist(), strict=True)
-            }
+    training = Recordings(HERE / "recordings.csv", "train").classes.values()
+    files = [take["file"] for sources in training for takes in sources.values() for take in takes]
+    known, embeddings, _ = hear({file: HERE / file for file in files}, tagger)
+    embeddings = F.normalize(embeddings, dim=1)
+    cosines = {
+        kind: (F.normalize(e, dim=1) @ embeddings.T).max(1) for kind, (_, e, _) in heard.items()
+    }
+    nearest = {
+        n: {"prompt": prompts[n], "recording": known[i], "cosine": round(best, 4)}
+        for n, best, i in zip(
+            heard["generated"][0], *map(torch.Tensor.tolist, cosines["generated"])
+        )
+    }
     return {
         "model": str(args.model), "classifier": str(args.classifier), "seed": args.seed,
-        "sets": metrics["sets"], "totals": totals, "classes": rows,
+        "sets": sets, "totals": totals, "classes": rows,
         "pairs heard": float(np.mean(both)), "pairs": dict(zip(texts.values(), both, strict=True)),
-        "median cosine to the nearest training recording": similarity, "nearest": nearest,
+        "median cosine to the nearest training recording":
+            {kind: best.values.median().item() for kind, best in cosines.items()},
+        "nearest": nearest,
     }  # fmt: skip
 
 
