@@ -96,7 +96,7 @@ class Config:
     schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
     schedule_shift: Positive = 0.2  # its signal-to-noise ratio times shift²; the papers: 1
     # The optimisation
-    steps: Count = 18_000  # length of the run; the learning rate follows it: it can't change later
+    steps: Count = 15_000  # length of the run; the learning rate follows it: it can't change later
     batch_size: Count = 8  # clips a rank and forward pass
     accumulate: Count = 1  # forward passes a step
     lr: Positive = 7e-4  # peak learning rate of AdamW
