@@ -121,17 +121,33 @@ def predicts_eps(model: EpsModel, prediction: str, alphas_cumprod: Tensor) -> Ep
     raise ValueError(f"prediction is {prediction!r}: expected one of {', '.join(PREDICTIONS)}")
 
 
-def guided(eps_model: EpsModel, scale: float) -> EpsModel:
+def guided(eps_model: EpsModel, scale: float, share: Tensor | None = None) -> EpsModel:
     """Classifier-free guidance: ε = ε_∅ + scale·(ε_y − ε_∅), over all channels.
 
     `eps_model` gets a batch of 2B in one call, [x_t, x_t]: the first half is to be denoised with
     the empty (or negative) text, the second half with the prompt. Scale 1 is no guidance. An
     earlier version of the paper writes (w+1)·ε_y − w·ε_∅: scale = w + 1.
+
+    With a `share` [B, 1, 1, 1] of 0 … 1, between two prompts: the batch is 3B, its last third for
+    the other prompt, and ε_y = (1 − share)·ε_one + share·ε_other.
     """
+    parts = 2 if share is None else 3
 
     def eps(x_t: Tensor, t: int) -> Tensor:
-        eps_null, eps_text = eps_model(torch.cat([x_t, x_t]), t).chunk(2)
+        eps_null, eps_text, *other = eps_model(torch.cat([x_t] * parts), t).chunk(parts)
+        if other:
+            eps_text = torch.lerp(eps_text, other[0], share)
         return eps_null + scale * (eps_text - eps_null)
+
+    return eps
+
+
+def inpainted(eps_model: EpsModel, x_0: Tensor, known: Tensor, alphas_cumprod: Tensor) -> EpsModel:
+    """Inpainting: where x_0 is `known` (a mask that broadcasts), so is the ε in any x_t, and the
+    network needn't guess. It sees x_t whole, and what it adds goes with what is there."""
+
+    def eps(x_t: Tensor, t: int) -> Tensor:
+        return torch.where(known, eps_from_x0(x_0, x_t, t, alphas_cumprod), eps_model(x_t, t))
 
     return eps
 

@@ -208,8 +208,9 @@ class EncodecCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """z, [B, 128, 504] -> 16 kHz wave, float32 [B, 161280]."""
-        return self.model.decoder(_expect(latents, self.channels, FRAMES).to(self.device))[:, 0]
+        """z, [B, 128, frames] -> 16 kHz wave, float32 [B, 320·frames]; a clip has 504 frames."""
+        latents = _expect(latents, self.channels, None)
+        return self.model.decoder(latents.to(self.device))[:, 0]
 
 
 class MelCodec:
@@ -263,17 +264,18 @@ class MelCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """dB, [B, 64, 504] -> 16 kHz wave, float32 [B, 161280]. Not random: phases start at 0."""
-        decibel = _expect(latents, self.channels, FRAMES).to(self.device)
+        """dB, [B, 64, frames] -> 16 kHz wave, float32 [B, 320·frames]; a clip has 504 frames. Not
+        random: phases start at 0."""
+        decibel = _expect(latents, self.channels, None).to(self.device)
         decibel = decibel.clamp(self.floor_db, self.top_db)
-        mel = 10 ** (decibel / 20) - 10 ** (self.floor_db / 20)  # [B, 64, 504]
+        mel = 10 ** (decibel / 20) - 10 ** (self.floor_db / 20)  # [B, 64, frames]
         # A magnitude s ≥ 0 with M·s ≈ mel: the pseudo-inverse without its negative values, improved
         # by Lee & Seung's multiplicative updates s ← s · Mᵀmel / MᵀMs. They halve the error.
-        magnitude = (self.inverse @ mel).clamp(min=1e-7)  # [B, 513, 504]
+        magnitude = (self.inverse @ mel).clamp(min=1e-7)  # [B, 513, frames]
         target = self.mel.T @ mel
         for _ in range(20):
             magnitude = magnitude * target / (self.mel.T @ (self.mel @ magnitude) + 1e-9)
-        magnitude = F.pad(magnitude, (0, 1), mode="replicate")  # the 505th frame
+        magnitude = F.pad(magnitude, (0, 1), mode="replicate")  # one frame more
         return AF.griffinlim(
             magnitude * (self.window.sum() / 2),
             window=self.window,
@@ -283,14 +285,17 @@ class MelCodec:
             power=1.0,
             n_iter=self.iterations,
             momentum=0.99,  # the fast variant (Perraudin et al., 2013)
-            length=CLIP_SAMPLES,
+            length=HOP * decibel.shape[-1],
             rand_init=False,
         )
 
 
-def _expect(batch: Tensor, *shape: int) -> Tensor:
-    if batch.dim() != len(shape) + 1 or batch.shape[1:] != shape:
-        raise ValueError(f"expected a batch of {list(shape)}, got a tensor {list(batch.shape)}")
+def _expect(batch: Tensor, *shape: int | None) -> Tensor:
+    """A batch of this shape, where None is any size."""
+    sizes = [n if n is not None else m for n, m in zip(shape, batch.shape[1:], strict=False)]
+    if list(batch.shape[1:]) != sizes or len(sizes) != len(shape):
+        expected = ", ".join("frames" if n is None else str(n) for n in shape)
+        raise ValueError(f"expected a batch of [{expected}], got a tensor {list(batch.shape)}")
     return batch.float()
 
 

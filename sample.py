@@ -7,10 +7,15 @@
 
 y is the prompt, ∅ the empty text or the negative prompt. Image-to-image takes only the last share
 `strength` of the steps, from a recording's latent noised up to there: near 0 it gives the recording
-back; at 1 it takes all steps, from x_T as without a recording, and nothing of it is left.
+back; at 1 it takes all steps, from x_T as without a recording, and nothing of it is left. What of a
+recording is to be kept is inpainted around: there ε is known, since x_0 is. Beyond ten seconds each
+window keeps the last half of the one before it in the same way.
 
     python sample.py "dog barking"                              the tiny model; dog_barking.wav
     python sample.py "rain" "a cat meowing" -n 4 --seed 1 --out sounds
+    python sample.py "rain" --init-audio bark.wav --keep 0-3,6-10      rain where it isn't kept
+    python sample.py "a train passing by" --seconds 30          by windows that overlap
+    python sample.py "rain" --to "applause" -n 5                from one to the other, in five files
     torchrun --nproc_per_node 8 sample.py --prompts test.csv --model runs/paper/model --out sounds
 
 or from Python:
@@ -29,12 +34,13 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +48,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,7 +59,9 @@ from latents import CLIP_SAMPLES, SAMPLE_RATE
 from unet import UNet
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
-MAX_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
+CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
+MAX_SECONDS = 300.0
+FRAME_RATE = latents.FRAMES / CLIP_SECONDS  # 50 a second
 PROMPT_KEYS, NAME_KEYS = ("prompt", "caption", "captions"), ("name", "file", "youtube_id")
 
 
@@ -116,6 +125,16 @@ def noise_generators(seed: int, indices: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(s) % 2**63) for s in states]
 
 
+def kept_frames(keep: list[tuple[float, float]]) -> Tensor:
+    """bool [504]: the frames within these spans of seconds. ValueError for what is no span."""
+    kept = torch.zeros(latents.FRAMES, dtype=torch.bool)
+    for start, end in keep:
+        if not 0 <= start < end <= CLIP_SECONDS:
+            raise ValueError(f"keep {start:g}-{end:g}: expected seconds of 0 to {CLIP_SECONDS}")
+        kept[round(start * FRAME_RATE) : round(end * FRAME_RATE)] = True
+    return kept
+
+
 @torch.no_grad()
 def generate(
     model: Model,
@@ -126,23 +145,33 @@ def generate(
     guidance: float | None = None,
     sampler: str = "pndm",
     negative: str = "",
+    to: str = "",
+    shares: list[float] | None = None,
+    seconds: float = CLIP_SECONDS,
     init_audio: Tensor | None = None,
     strength: float = 0.8,
+    keep: list[tuple[float, float]] | None = None,
     batch_size: int = 8,
     indices: list[int] | None = None,
     precision: str = "bf16",
     progress: bool = False,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Sounds for `prompts`: float32 [N, 161280] at 16 kHz, on the CPU.
+    """Sounds for `prompts`: float32 [N, seconds · 16,000] at 16 kHz, on the CPU.
 
     seed, indices: sample i's noise comes from (seed, indices[i]); indices default to 0 … N−1.
     guidance: the scale s, 0: ignore the prompt, 1: no guidance; None: the model folder's own.
-    negative: prompt to lead away from. sampler: "pndm", "ddim" or "ddpm". precision: "bf16" or
-    "fp32", of the U-Net. init_audio: samples at 16 kHz to start from, with strength above 0 … 1:
-    the share of the steps to take. ValueError for what can't be done.
+    negative: prompt to lead away from. to, shares: another prompt, and how much of it is in each
+    sample: 0, only the sample's own, to 1. sampler: "pndm", "ddim" or "ddpm". precision: "bf16" or
+    "fp32", of the U-Net. seconds: above 10.08, window after window, each the continuation of the
+    last half of the one before. init_audio: samples at 16 kHz to start from. strength: the share of
+    the steps to take, above 0 … 1. keep: [(start, end), …] in seconds: what of init_audio is to
+    stay, as the codec gives it back.
+    watch(t, x_t [B, C, 504]) is called whenever the network is. ValueError for what can't be done.
     """
     guidance = model.guidance if guidance is None else guidance
     indices = list(range(len(prompts)) if indices is None else indices)
+    alphas_cumprod, device = model.alphas_cumprod, model.device
     samplers = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.ddpm}
     if isinstance(prompts, str) or not 0 < len(prompts) == len(indices):
         raise ValueError(f"expected a list of prompts, as long as indices, not {prompts!r:.60}")
@@ -152,45 +181,75 @@ def generate(
         raise ValueError(f"guidance {guidance}: expected 0 or more, the papers use 3.5 to 7.5")
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength}: expected above 0 (the recording) to 1 (pure noise)")
-    timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), steps)
-    x_init = None
-    if init_audio is not None and strength < 1:
-        timesteps = timesteps[-max(1, round(strength * steps)) :]
-        stored = model.codec.encode(latents.to_clips(init_audio).to(model.device))
-        x_init = model.stats.normalize(model.codec.dequantize(stored))  # [1, C, 504]
+    if not 1 / SAMPLE_RATE <= seconds <= MAX_SECONDS:
+        raise ValueError(f"{seconds:g} seconds: expected above 0, at most {MAX_SECONDS:g}")
+    if to and not (len(shares or []) == len(prompts) and all(0 <= w <= 1 for w in shares)):
+        raise ValueError(f"shares {shares}: expected a number of 0 to 1 for each of the prompts")
+    if keep and init_audio is None:
+        raise ValueError("keep: there is no recording (init_audio) to keep anything of")
+
+    # The first window starts from init_audio and keeps what it is told to keep of it; any other one
+    # keeps the second half of the window before it, as its own first half.
+    windows, half = 1 + math.ceil(max(0.0, seconds / CLIP_SECONDS - 1) * 2), latents.GRID[0] // 2
+    first_half = (torch.arange(latents.GRID[0], device=device) < half)[:, None]  # [24, 1]
+    kept = latents.to_grid(kept_frames(keep or [])).to(device)  # [24, 21]
+    x_init = torch.zeros(1, model.codec.channels, *latents.GRID, device=device)
+    timesteps = first = diffusion.timestep_sequence(len(alphas_cumprod), steps)
+    if init_audio is not None:
+        stored = model.codec.encode(latents.to_clips(init_audio).to(device))
+        x_init = latents.to_grid(model.stats.normalize(model.codec.dequantize(stored)))
+        first = timesteps[-max(1, round(strength * steps)) :]
 
     batches = range(0, len(prompts), batch_size)
-    calls = (len(timesteps) + (sampler == "pndm")) * len(batches)
-    bar = tqdm(total=calls, unit="step", leave=False, disable=None if progress else True)
+    calls = len(first) + (windows - 1) * steps + windows * (sampler == "pndm")
+    bar = tqdm(total=calls * len(batches), unit="step", leave=False, disable=not progress or None)
     waves = []
     for start in batches:
-        texts = list(prompts[start : start + batch_size])
-        generators = noise_generators(seed, indices[start : start + batch_size])
-        shape = (len(texts), model.codec.channels, *latents.GRID)
-        x = diffusion.randn_like(torch.empty(shape, device=model.device), generators)
-        if x_init is not None:
-            t = torch.tensor(timesteps[:1], device=model.device)
-            x = diffusion.add_noise(latents.to_grid(x_init), x, t, model.alphas_cumprod)
-
-        # One call of the network a step: first half of the batch without, second with the prompt.
-        text, mask = model.encoder([negative] * len(texts) + texts)
+        part = slice(start, start + batch_size)
+        texts, generators = list(prompts[part]), noise_generators(seed, indices[part])
+        # One call of the network a step: first part of the batch without, second with the prompt;
+        # the third, if there is one, with the prompt to share with.
+        parts, share = [negative] * len(texts) + texts, None
+        if to:
+            parts += [to] * len(texts)
+            share = torch.tensor(shares[part], dtype=torch.float32, device=device)
+            share = share.view(-1, 1, 1, 1)
+        text, mask = model.encoder(parts)
         text = text.float()  # on CUDA the encoder gives bf16
 
-        def network(x_t: Tensor, t: int, text=text, mask=mask) -> Tensor:
+        def network(x_t: Tensor, t: int, text=text, mask=mask, n=len(texts)) -> Tensor:
             bar.update()
-            autocast = torch.autocast(model.device.type, torch.bfloat16)
+            if watch is not None:
+                watch(t, latents.to_sequence(x_t[:n]))
+            autocast = torch.autocast(device.type, torch.bfloat16)
             with autocast if precision == "bf16" else nullcontext():
                 x_t = x_t.contiguous(memory_format=torch.channels_last)
                 return model.unet(x_t, t, text, mask).float()
 
-        eps = diffusion.predicts_eps(network, model.prediction, model.alphas_cumprod)
-        eps = diffusion.guided(eps, guidance)
+        eps = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
+        eps = diffusion.guided(eps, guidance, share)
         options = {"generator": generators} if sampler == "ddpm" else {}
-        x_0 = samplers[sampler](eps, x, model.alphas_cumprod, steps, timesteps=timesteps, **options)
-        z = model.stats.denormalize(latents.to_sequence(x_0))  # [B, C, 504]
-        waves.append(model.codec.decode(z).float().cpu())
+
+        def denoise(known, kept, timesteps, eps=eps, generators=generators, options=options):
+            """A window [B, C, 24, 21] that starts from noise, or from what is `known` if it is not
+            to take all timesteps, and that keeps it where it is `kept`."""
+            size = (len(generators), model.codec.channels, *latents.GRID)
+            x = diffusion.randn_like(torch.empty(size, device=device), generators)
+            if len(timesteps) < steps:
+                t = torch.tensor(timesteps[:1], device=device)
+                x = diffusion.add_noise(known, x, t, alphas_cumprod)
+            eps = diffusion.inpainted(eps, known, kept, alphas_cumprod)
+            x = samplers[sampler](eps, x, alphas_cumprod, steps, timesteps=timesteps, **options)
+            return torch.where(kept, known, x)  # the samplers end at ᾱ_0, not quite at 1
+
+        pieces = [denoise(x_init, kept, first)]
+        for _ in range(windows - 1):  # rows of the grid are time: a row is 0.42 s
+            known = F.pad(pieces[-1][..., -half:, :], (0, 0, 0, half))
+            pieces.append(denoise(known, first_half, timesteps)[..., half:, :])
+        z = latents.to_sequence(torch.cat(pieces, dim=2))  # [B, C, 504 + 252·(windows − 1)]
+        waves.append(model.codec.decode(model.stats.denormalize(z)).float().cpu())
     bar.close()
-    return torch.cat(waves)
+    return torch.cat(waves)[:, : round(seconds * SAMPLE_RATE)]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -276,10 +335,42 @@ def save_spectrogram(path: Path, wave: Tensor, title: str) -> None:
     axis.imshow(decibel, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top)
     axis.set_title(title[:80], parse_math=False)  # or "$" would begin a formula
     axis.set(xlabel="seconds", ylabel="kHz")
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure) -> None:
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     plt.close(figure)
     latents.write_aside(path, buffer.getvalue())
+
+
+def save_steps(path: Path, seen: dict[int, Tensor], title: str) -> None:
+    """A PNG: latents x_t, {t: [C, 504]}, over frames and channels, from noise to sound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (8, 0.4 + 1.2 * len(seen))
+    figure, axes = plt.subplots(len(seen), figsize=size, layout="constrained", squeeze=False)
+    for axis, (t, x_t) in zip(axes[:, 0], sorted(seen.items(), reverse=True), strict=True):
+        axis.imshow(x_t.cpu(), origin="lower", aspect="auto", vmin=-3, vmax=3)
+        axis.set(xticks=[], yticks=[], ylabel=f"t = {t}")
+    figure.suptitle(title[:80], parse_math=False)
+    save_figure(path, figure)
+
+
+def spans(text: str) -> list[tuple[float, float]]:
+    """ "0-3,6-10" -> [(0, 3), (6, 10)]."""
+    pairs = [part.split("-") for part in text.split(",")]
+    return [(float(start), float(end)) for start, end in pairs]
+
+
+def step_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -298,10 +389,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "of variety; 1 is no guidance [what the model folder says, else 6.5]")  # fmt: skip
     add("--sampler", choices=("pndm", "ddim", "ddpm"), default="pndm", help="[pndm]")
     add("--negative", default="", help="prompt to lead away from")
-    add("--seconds", type=float, default=MAX_SECONDS, help="crop to this length [10.08, the most]")
+    add("--to", default="", metavar="PROMPT", help="with -n 2 or more: go from the prompt to this "
+        "one, with one and the same noise")  # fmt: skip
+    add("--seconds", type=float, default=CLIP_SECONDS, help="length; above 10.08 by windows that "
+        "continue each other [10.08]")  # fmt: skip
     add("--init-audio", type=Path, help="recording to start from (image-to-image)")
-    add("--strength", type=float, default=0.8, help="how far from it: 1 forgets it [0.8]")
+    add("--strength", type=float, help="how far from it: 1 forgets it [0.8; with --keep 1]")
+    add("--keep", type=spans, default=[], metavar="A-B,C-D", help="seconds of it that stay as they "
+        "are, whatever the strength (inpainting)")  # fmt: skip
     add("--spectrogram", action="store_true", help="write a PNG beside each WAV")
+    add("--steps-image", type=step_numbers, default=[], metavar="I,J,…", help="write a PNG of the "
+        "latent at these denoising steps (P2, figure 8), say 1,10,20,30,40,45")  # fmt: skip
     add("--batch-size", type=int, default=8, help="sounds at a time [8]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the U-Net [bf16]")
@@ -312,7 +410,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.n < 1 or args.batch_size < 1 or args.seed < 0:
         parser.error("-n and --batch-size are 1 or more, --seed is 0 or more")
     if not 1 / SAMPLE_RATE <= args.seconds <= MAX_SECONDS:
-        parser.error(f"--seconds {args.seconds}: expected above 0, at most {MAX_SECONDS}")
+        parser.error(f"--seconds {args.seconds}: expected above 0, at most {MAX_SECONDS:g}")
+    if args.strength is None:
+        args.strength = 1.0 if args.keep else 0.8
+    if args.keep and not args.init_audio:
+        parser.error("--keep is for --init-audio")
+    if args.to and args.n < 2:
+        parser.error("--to needs -n 2 or more: that many sounds from the prompt to the other one")
+    if not all(1 <= i <= args.steps for i in args.steps_image):
+        parser.error(f"--steps-image: expected steps of 1 to {args.steps}")
     return args
 
 
@@ -342,23 +448,37 @@ def run(args: argparse.Namespace) -> None:
         dist.init_process_group("gloo")
         dist.broadcast_object_list(paths)
 
-    init_audio = latents.load_audio(args.init_audio, MAX_SECONDS) if args.init_audio else None
+    init_audio = latents.load_audio(args.init_audio, CLIP_SECONDS) if args.init_audio else None
     model = load_model(args.model, args.device, args.encodec_weights)
     args.guidance = model.guidance if args.guidance is None else args.guidance
-    keys = ("seed", "steps", "guidance", "sampler", "negative", "strength", "precision")
-    settings = {key: getattr(args, key) for key in keys}
+    keys = ("seed", "steps", "guidance", "sampler", "negative", "to", "seconds", "strength", "keep")
+    settings = {key: getattr(args, key) for key in (*keys, "precision")}
     # Cut: libsndfile reads back 2,000 bytes at most, and the text encoder takes 50 tokens or so.
-    about = settings | {"negative": cut(args.negative, 300)}
+    about = settings | {"negative": cut(args.negative, 300), "to": cut(args.to, 300)}
     about["model"] = "/".join(args.model.resolve().parts[-2:])
     about["init_audio"] = args.init_audio and args.init_audio.name
+
+    timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), args.steps)
+    seen = {timesteps[i - 1]: None for i in args.steps_image}
+
+    def watch(t: int, x_t: Tensor) -> None:
+        if t in seen:
+            seen[t] = x_t.clone()
 
     mine = list(range(rank, len(prompts), ranks))
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     for batch in tqdm(batches, unit="batch", disable=rank > 0 or len(batches) < 2):
-        settings |= {"indices": batch, "batch_size": len(batch), "progress": rank == 0}
-        waves = generate(model, [prompts[i] for i in batch], init_audio=init_audio, **settings)
-        for i, wave in zip(batch, waves[:, : round(args.seconds * SAMPLE_RATE)], strict=True):
-            comment = {"prompt": cut(prompts[i], 600), "sample": i, **about}
+        numbers = batch
+        if args.to:  # a prompt's sounds have one noise, and share more and more with the other
+            numbers = [i // args.n for i in batch]
+            settings["shares"] = [i % args.n / (args.n - 1) for i in batch]
+        settings |= {"indices": numbers, "batch_size": len(batch), "progress": rank == 0}
+        settings |= {"init_audio": init_audio, "watch": watch}
+        waves = generate(model, [prompts[i] for i in batch], **settings)
+        for k, (i, wave) in enumerate(zip(batch, waves, strict=True)):
+            comment = {"prompt": cut(prompts[i], 600), "sample": numbers[k], **about}
+            if args.to:
+                comment["share"] = settings["shares"][k]
             path = free_path(paths[i])  # another command may write to this folder, too
             path.touch(exist_ok=False)
             try:
@@ -370,6 +490,9 @@ def run(args: argparse.Namespace) -> None:
                     path.unlink()
             if args.spectrogram:
                 save_spectrogram(path.with_suffix(".png"), wave, prompts[i])
+            if latent := {t: x_t[k] for t, x_t in seen.items() if x_t is not None}:
+                image = free_path(path.with_name(f"{path.stem}-steps.png"))
+                save_steps(image, latent, prompts[i])
             tqdm.write(str(path))
 
 

@@ -14,6 +14,7 @@ from diffusion import (
     eps_from_v,
     eps_from_x0,
     guided,
+    inpainted,
     pndm,
     predicts_eps,
     scaled_linear_alphas_cumprod,
@@ -284,6 +285,38 @@ def test_guidance_moves_every_channel():
     assert torch.equal(eps, torch.full_like(eps, 6.5)) and calls == [6]
     assert torch.equal(guided(two_texts, 1.0)(x_t, 10), torch.ones_like(eps))
     assert torch.equal(guided(two_texts, 0.0)(x_t, 10), torch.zeros_like(eps))
+
+
+def test_guidance_between_two_prompts():
+    def three_texts(x_t, t):
+        null, one, other = x_t.chunk(3)
+        assert torch.equal(null, one) and torch.equal(null, other)
+        return torch.cat([null, null + 1, null + 3])
+
+    x_t = noise(shape=(2, 8, 4, 4))
+    share = torch.tensor([0.0, 0.25]).double().view(2, 1, 1, 1)
+    eps = guided(three_texts, 2.0, share)(x_t, 10)  # null + 2·((1 − share)·1 + share·3)
+    expected = x_t + torch.tensor([2.0, 3.0]).view(2, 1, 1, 1)
+    torch.testing.assert_close(eps, expected.to(eps), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", [ddim, pndm])
+def test_inpainting_ends_at_what_is_known(sampler):
+    """The known half follows the perfect ε: from x_T to √ᾱ_0·x_0 + √(1−ᾱ_0)·ε, whatever the network
+    says; the other half is what the network alone makes of it."""
+    x_0, x_T = noise(1, shape=(2, 4, 8, 8)), noise(2, shape=(2, 4, 8, 8))
+    known = (torch.arange(8) < 4)[:, None]  # rows
+
+    def wrong(x_t, t):
+        return 0.3 * x_t
+
+    a_T, a_0 = COSINE[timestep_sequence(1000, 20)[0]], COSINE[0]
+    eps = (x_T - a_T.sqrt() * x_0) / (1 - a_T).sqrt()
+    end = sampler(inpainted(wrong, x_0, known, COSINE), x_T, COSINE, 20)
+    expected = a_0.sqrt() * x_0 + (1 - a_0).sqrt() * eps
+    torch.testing.assert_close(end[..., :4, :], expected[..., :4, :].to(end), atol=1e-4, rtol=0)
+    alone = sampler(wrong, x_T, COSINE, 20)
+    torch.testing.assert_close(end[..., 4:, :], alone[..., 4:, :], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("prediction, theirs", [("v", "v_prediction"), ("x0", "sample")])

@@ -26,7 +26,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import diffusion
 import sample
 from captions import TextEncoder
-from latents import CLIP_SAMPLES, LatentStats, MelCodec, to_grid
+from latents import CLIP_SAMPLES, LatentStats, MelCodec, to_grid, to_sequence
 from sample import free_path, generate, load_model, noise_generators, read_prompts, safe_name
 from unet import UNet, UNetConfig
 
@@ -371,6 +371,91 @@ def test_init_audio_of_another_kind(main, here):
     assert soundfile.info(here / "dog.wav").frames == CLIP_SAMPLES
 
 
+KEEP = [(0, 3), (6, 10)]
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "ddpm"])
+def test_what_is_kept_of_a_recording(model, sampler):
+    model = as_latents(model)
+    z = model.codec.dequantize(model.codec.encode(recording()[None]))[0]
+    settings = {"steps": 4, "sampler": sampler, "precision": "fp32", "init_audio": recording()}
+    kept = torch.zeros(504, dtype=torch.bool)
+    kept[:150], kept[300:500] = True, True  # 50 frames a second
+    dog = generate(model, ["dog"], keep=KEEP, strength=1.0, **settings)[0]
+    rain = generate(model, ["rain"], keep=KEEP, strength=1.0, **settings)[0]
+    partly = generate(model, ["dog"], keep=KEEP, strength=0.5, **settings)[0]
+    free = generate(model, ["dog"], strength=1.0, **settings)[0]
+    for sound in (dog, rain, partly):
+        torch.testing.assert_close(sound[:, kept], z[:, kept], atol=1e-4, rtol=0)
+    for a, b in ((dog, z), (dog, rain), (dog, partly), (dog, free)):
+        assert (a - b)[:, ~kept].abs().mean() > 0.1  # dB
+    with pytest.raises(ValueError, match="keep 9-11: expected seconds of 0 to 10.08"):
+        generate(model, ["dog"], keep=[(9, 11)], **settings)
+    with pytest.raises(ValueError, match="no recording"):
+        generate(model, ["dog"], keep=KEEP)
+
+
+def test_the_network_sees_what_is_kept_in_noise(model):
+    """At every step, as noisy as the rest: else nothing it adds would go with what is there."""
+    x_0 = to_grid(torch.linspace(-1, 1, 504).expand(1, CHANNELS, 504))
+    seen = {}
+
+    class Codec:
+        channels, decode = CHANNELS, staticmethod(lambda z: z)
+        encode = dequantize = staticmethod(lambda z: model.stats.denormalize(to_sequence(x_0)))
+
+    blind = replace(model, codec=Codec, unet=Recorder())
+    generate(
+        blind, ["dog"], sampler="ddim", init_audio=torch.zeros(9), keep=[(0, 5)], strength=1.0,
+        watch=lambda t, x_t: seen.update({t: x_t}),
+    )  # fmt: skip
+    known, noise = to_sequence(x_0)[..., :250], seen[969][..., :250]
+    for t, x_t in seen.items():
+        a = model.alphas_cumprod[t].item()
+        expected = a**0.5 * known + (1 - a) ** 0.5 * noise
+        assert (x_t[..., :250] - expected).abs().max() < 0.2, (
+            t
+        )  # x_969 is noise and next to nothing
+
+
+def test_windows_continue_each_other(model):
+    model = as_latents(model)
+    settings = {"steps": 4, "precision": "fp32", "seed": 2}
+    seen = []
+    one = generate(model, ["dog", "rain"], **settings)
+    long = generate(
+        model, ["dog", "rain"], seconds=20.0, watch=lambda t, x_t: seen.append((t, x_t)), **settings
+    )
+    assert long.shape == (2, CHANNELS, 504 + 2 * 252)  # this codec doesn't decode, so nothing's cut
+    assert torch.equal(long[..., :504], one)
+    ends = [x_t for t, x_t in seen if t == 1]  # of three windows
+    assert len(ends) == 3
+    for window, x_t in enumerate(ends[1:]):
+        before = model.stats.normalize(long)[..., 252 * (window + 1) : 252 * (window + 2)]
+        assert (x_t[..., :252] - before).std() < 0.1 and (x_t[..., 252:] - before).std() > 0.3
+    assert generate(load_fast(model), ["dog"], seconds=12.5, **settings).shape == (1, 200_000)
+
+
+def load_fast(model):
+    """The model with the mel codec again."""
+    return replace(model, codec=MelCodec())
+
+
+def test_between_two_prompts(model):
+    settings = {"steps": 4, "precision": "fp32", "indices": [3, 3, 3]}
+    model = as_latents(model)
+    ends = generate(model, ["dog", "dog", "rain"], **settings)
+    shared = generate(model, ["dog"] * 3, to="rain", shares=[0.0, 0.5, 1.0], **settings)
+    torch.testing.assert_close(shared[0], ends[0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(shared[2], ends[2], atol=1e-3, rtol=0)
+    length = (ends[2] - ends[0]).norm()
+    for end in (shared[0], shared[2]):
+        assert 0.2 < (shared[1] - end).norm() / length < 0.8
+    for shares in (None, [0.5], [0, 0.5, 1.5], [0, 0.5, float("nan")]):
+        with pytest.raises(ValueError, match="shares"):
+            generate(model, ["dog"] * 3, to="rain", shares=shares, **settings)
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -406,7 +491,10 @@ def test_comment_is_enough_to_make_a_sound_again(main, here, folders):
     assert about.pop("model").endswith("/v") and about.pop("init_audio") is None
     assert about == {"seed": 3, "steps": 3, "guidance": 2.5, "sampler": "ddim"} | {
         "negative": "wind: ü🐶",
+        "to": "",
+        "seconds": 10.08,
         "strength": 0.8,
+        "keep": [],
         "precision": "fp32",
     }
     again = generate(load_model(folders / "v"), ["Rain, on a “tin” roof 🐱"], indices=[1], **about)
@@ -424,6 +512,43 @@ def test_seconds(main, here):
     assert len(long) == CLIP_SAMPLES and len(short) == 24_000
     assert abs(long).max() < 0.9  # or its peak would have been scaled
     assert np.array_equal(long[:24_000], short)
+
+
+def test_more_than_one_window(main, here):
+    main("dog", "--seconds", 12.5, "--steps-image", "1,3")
+    assert soundfile.info(here / "dog.wav").frames == 200_000
+    assert names(here) == ["dog-steps.png", "dog.wav"]
+    main("dog", "--steps-image", "2")
+    assert names(here, "*.png") == ["dog-2-steps.png", "dog-steps.png"]
+    image = imread(here / "dog-steps.png")
+    assert image.shape[0] > imread(here / "dog-2-steps.png").shape[0] and image.std() > 0.05
+
+
+def test_from_one_prompt_to_another(main, here, folders):
+    main("dog", "--to", "rain", "-n", 3, "--precision", "fp32", "--batch-size", 2)
+    abouts = [comment(here / name) for name in ("dog.wav", "dog-2.wav", "dog-3.wav")]
+    assert [about["share"] for about in abouts] == [0, 0.5, 1]
+    assert [about["sample"] for about in abouts] == [0, 0, 0]
+    about = abouts[1]
+    for key in ("model", "init_audio"):
+        about.pop(key)
+    prompt, number, share = (about.pop(key) for key in ("prompt", "sample", "share"))
+    again = generate(load_model(folders / "v"), [prompt], indices=[number], shares=[share], **about)
+    again = again[0] * min(1, 0.99 / again.abs().max())
+    wave = torch.from_numpy(soundfile.read(here / "dog-2.wav", dtype="float32")[0])
+    spectra = [MelCodec().encode(w[None]).float() for w in (wave, again)]
+    assert (spectra[0] - spectra[1]).abs().mean() < 3  # of 255; in another batch: rounding
+
+
+def test_keep_on_the_command_line(main, here):
+    soundfile.write(here / "in.wav", recording().numpy(), 16_000)
+    main("dog", "--init-audio", "in.wav", "--keep", "0-3,6-10")
+    about = comment(here / "dog.wav")
+    assert about["keep"] == [[0, 3], [6, 10]] and about["strength"] == 1
+    kept = MelCodec().encode(torch.from_numpy(soundfile.read(here / "dog.wav")[0]).float()[None])
+    real = MelCodec().encode(recording()[None])
+    error = (kept.float() - real.float()).abs()[0]
+    assert error[:, 5:145].mean() < error[:, 155:295].mean() / 2
 
 
 def test_spectrogram(main, here, capsys):
@@ -747,6 +872,8 @@ def test_wrong_shape_in_the_weights(fails, folders, here):
         (["--guidance", "inf"], "guidance inf"),
         (["--guidance", "-1"], "guidance -1"),
         (["--strength", 0], "strength 0"),
+        (["--init-audio", "in.wav", "--keep", "3-1"], "keep 3-1: expected seconds of 0 to 10.08"),
+        (["--init-audio", "in.wav", "--keep", "0-nan"], "keep 0-nan"),
         (["--strength", 1.5], "strength 1.5"),
         (["--strength", "nan"], "strength nan"),
         (["--device", "cuda"], "device cuda:0: PyTorch finds only cpu here"),
@@ -756,7 +883,8 @@ def test_wrong_shape_in_the_weights(fails, folders, here):
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_impossible_settings(fails, options, expected):
+def test_impossible_settings(fails, here, options, expected):
+    soundfile.write(here / "in.wav", np.zeros(16_000), 16_000)
     prompt = [] if "--prompts" in options else ["dog"]
     assert expected in fails(*prompt, *options)
 
@@ -769,10 +897,12 @@ def test_1000_steps_are_possible(model):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["dog", "--prompts", "a.txt"], ["dog", "--seconds", 0], ["dog", "--seconds", 11],
+    [[], ["dog", "--prompts", "a.txt"], ["dog", "--seconds", 0], ["dog", "--seconds", 301],
      ["dog", "--seconds", -1], ["dog", "--seconds", "nan"], ["dog", "--seconds", "1e-9"],
      ["dog", "-n", 0], ["dog", "--batch-size", 0], ["dog", "--seed", -1], ["dog", "--steps", "x"],
-     ["dog", "--sampler", "euler"], ["dog", "--loudness", 3]],
+     ["dog", "--sampler", "euler"], ["dog", "--loudness", 3], ["dog", "--keep", "0-3"],
+     ["dog", "--init-audio", "in.wav", "--keep", "0:3"], ["dog", "--to", "rain"],
+     ["dog", "--steps-image", "0"], ["dog", "--steps-image", "46"], ["dog", "--steps-image", "x"]],
 )  # fmt: skip
 def test_bad_command_lines(fails, arguments):
     assert ": error: " in fails(*arguments, status=2)
