@@ -230,22 +230,22 @@ def generate(
         eps = diffusion.guided(eps, guidance, share)
         options = {"generator": generators} if sampler == "ddpm" else {}
 
-        def denoise(known, kept, timesteps, eps=eps, generators=generators, options=options):
-            """A window [B, C, 24, 21] that starts from noise, or from what is `known` if it is not
-            to take all timesteps, and that keeps it where it is `kept`."""
-            size = (len(generators), model.codec.channels, *latents.GRID)
-            x = diffusion.randn_like(torch.empty(size, device=device), generators)
-            if len(timesteps) < steps:
+        def denoise(known, kept, timesteps, noised, eps=eps, rngs=generators, options=options):
+            """A window [B, C, 24, 21], from what is `known` if that is to be `noised`, or else from
+            noise; where it is `kept` it stays."""
+            size = (len(rngs), model.codec.channels, *latents.GRID)
+            x = diffusion.randn_like(torch.empty(size, device=device), rngs)
+            if noised:
                 t = torch.tensor(timesteps[:1], device=device)
                 x = diffusion.add_noise(known, x, t, alphas_cumprod)
             eps = diffusion.inpainted(eps, known, kept, alphas_cumprod)
             x = samplers[sampler](eps, x, alphas_cumprod, steps, timesteps=timesteps, **options)
             return torch.where(kept, known, x)  # the samplers end at ᾱ_0, not quite at 1
 
-        pieces = [denoise(x_init, kept, first)]
+        pieces = [denoise(x_init, kept, first, init_audio is not None and strength < 1)]
         for _ in range(windows - 1):  # rows of the grid are time: a row is 0.42 s
             known = F.pad(pieces[-1][..., -half:, :], (0, 0, 0, half))
-            pieces.append(denoise(known, first_half, timesteps)[..., half:, :])
+            pieces.append(denoise(known, first_half, timesteps, False)[..., half:, :])
         z = latents.to_sequence(torch.cat(pieces, dim=2))  # [B, C, 504 + 252·(windows − 1)]
         waves.append(model.codec.decode(model.stats.denormalize(z)).float().cpu())
     bar.close()
