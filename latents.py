@@ -218,9 +218,9 @@ class MelCodec:
     In the spirit of the papers' spectrogram row (P2, table 2), on EnCodec's frames. A value is
     20·log10(m + 10^(floor_db/20)), where m is the magnitude in a mel band (HTK scale) and a
     full-scale sine has 0 dB. Stored as uint8, linear in dB over floor_db … top_db (0.34 dB a step).
-    Measured on 24 recordings, a tone, noise, clicks and a sweep: `decode` and `encode` again is 0.8
-    dB off where there is sound (2.5 in the worst clip). Other n_fft and fmin are worse; 64 rounds of
-    Griffin-Lim instead of 32 gain 0.1 dB and take twice as long.
+    Measured on 24 recordings, a tone, noise, clicks and a sweep: `decode` and `encode` again is
+    0.8 dB off where there is sound (2.5 in the worst clip). Other n_fft and fmin are worse; 64
+    rounds of Griffin-Lim instead of 32 gain 0.1 dB and take twice as long.
 
     Latents are these dB sharpened across the bands. Written as cosines, cos(π·k·(band + ½)/64), the
     spectra of scenes fall as 130 dB / (1 + k): loudness and slope are nearly all of the variance,
