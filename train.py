@@ -94,9 +94,9 @@ class Config:
     cross_attention_dim: Count = 384  # text width inside the U-Net
     prediction: Literal[diffusion.PREDICTIONS] = "x0"  # what the U-Net predicts; the papers: eps
     schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
-    schedule_shift: Positive = 0.2  # its signal-to-noise ratio times shift²; the papers: 1
+    schedule_shift: Positive = 0.3  # its signal-to-noise ratio times shift²; the papers: 1
     # The optimisation
-    steps: Count = 15_000  # length of the run; the learning rate follows it: it can't change later
+    steps: Count = 10_000  # length of the run; the learning rate follows it: it can't change later
     batch_size: Count = 8  # clips a rank and forward pass
     accumulate: Count = 1  # forward passes a step
     lr: Positive = 7e-4  # peak learning rate of AdamW

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -113,6 +114,28 @@ def test_every_class_has_words():
         assert words["plain"] and words["full"].endswith(words["plain"]) and all(words["also"])
         phrases = [words["plain"], words["full"], *words["also"]]
         assert len(phrases) == len(set(phrases)) or words["plain"] == words["full"]
+
+
+def test_reference_captions_are_of_the_first_scene_of_each_label_set():
+    """36 sets of one label (all), 44 of two, 20 of three, in the order of the test scenes."""
+    drawn = compose.draw_scenes(
+        compose.Recordings(TABLE, "test"), "test", compose.CLIPS["test"], seed=0
+    )
+    left, chosen = {1: 36, 2: 44, 3: 20}, {}
+    for scene in drawn:
+        labels = tuple(scene["labels"])
+        if labels not in chosen and left[len(labels)]:
+            left[len(labels)] -= 1
+            chosen[labels] = scene
+    path = REPO / "tiny" / "reference_captions.csv"
+    with open(path, newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len({row["caption"] for row in table}) == 100
+    for row, scene in zip(table, chosen.values(), strict=True):
+        assert (row["id"], row["labels"].split(";")) == (scene["id"], scene["labels"])
+        assert re.fullmatch("[A-Z][^.!?;]*[.]", row["caption"]), row  # one sentence
+        assert 6 <= len(row["caption"].split()) <= 20, row
+        assert row["caption"].rstrip(".").lower() not in [x.lower() for x in scene["captions"]]
 
 
 def test_waves_are_finite_audible_and_long_enough(train, scenes):

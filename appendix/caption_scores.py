@@ -1,0 +1,572 @@
+"""Captions judged by metrics and by people (workshop paper, P2, appendix A: table A2, figures 3 and
+5 to 7; ICASSP paper, table 1).
+
+Glossary. A caption to be judged is a *candidate*, people's captions of its clip are *references*,
+and a *system* is what wrote the candidates. An *n-gram* is n words in a row.
+
+    BLEU-n   exp(min(0, 1 − r/c) + mean over k = 1 … n of log p_k);  p_k: share of the candidates'
+             k-grams that are in a reference, c and r: lengths of the candidates, and of the closest
+             references, all clips summed                                  (Papineni et al., 2002)
+    METEOR   P·R / (0.9·P + 0.1·R) · (1 − 0.5·(chunks/matches)³);  P, R: matches per word of the
+             candidate, of the reference; chunks: runs of matches    (Lavie and Agarwal, 2007)
+    ROUGE-L  (1 + β²)·P·R / (R + β²·P), β = 1.2;  P, R: longest common subsequence per word of the
+             candidate, of the reference                                          (Lin, 2004)
+    CIDEr    CIDEr-D: 10 · mean over n = 1 … 4 of Σ min(x, y)·y / (|x|·|y|) · exp(−(c − r)²/(2·6²));
+             x, y: n-gram counts × log(clips / clips with it)         (Vedantam et al., 2015)
+
+BLEU, ROUGE-L and CIDEr-D are those of the COCO caption evaluation, whose CIDEr is CIDEr-D too. BLEU
+has no smoothing: without a common 4-gram, BLEU-4 is 0. METEOR is NLTK's, without WordNet: words
+match if they or their Porter stems are equal, never by meaning, and the clips' mean is given. It is
+not the Java METEOR of the field, which also matches synonyms and paraphrases. The papers don't say
+which theirs is. All share one tokenizer: lower case, no punctuation, inner apostrophes kept.
+
+    python -m appendix.caption_scores judge captions/run.jsonl references.csv
+    python -m appendix.caption_scores rate captions/run.jsonl --audio sounds --out rate.html
+    python -m appendix.caption_scores average ratings-*.csv --key rate.key.json
+
+CAPTIONS and REFERENCES are JSONL of captions.py's kind, or CSV: an id (or youtube_id, name or file)
+and captions (a list or one) or caption; several rows of one id are its several references.
+"""
+
+import argparse
+import csv
+import html
+import io
+import itertools
+import json
+import math
+import random
+import re
+import statistics
+import sys
+import zlib
+from collections import Counter, defaultdict
+from functools import cache, reduce
+from operator import or_
+from pathlib import Path
+
+import soundfile
+
+from appendix.report import STYLE, data_url
+from evaluate import select, sounds_of
+from latents import SAMPLE_RATE, load_audio, write_aside
+
+Words = list[str]
+
+# Left out of the top 20 words, as in the papers' figures 5 to 7, whose list isn't given: this is
+# ours, English words that say how others belong together.
+STOP_WORDS = set(
+    """a about after again all an and another any are as at away back be been before behind being
+    both but by can down each for from had has have he her his i in into is it its more of off on
+    one or other out over several she so some someone something than that the their them then there
+    they this through to together two under up very was we were what when where which while who will
+    with without you""".split()
+)
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def tokenize(text: str) -> Words:
+    return re.findall(r"\w+(?:'\w+)*", text.lower().replace("’", "'"))
+
+
+def ngrams(words: Words, n: int) -> Counter:
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def bleu(candidates: list[Words], references: list[list[Words]], n: int) -> float:
+    """BLEU-n of all clips at once, 0 … 1."""
+    hits, total, c, r = [0] * n, [0] * n, 0, 0
+    for candidate, refs in zip(candidates, references):
+        c += len(candidate)
+        # The closest length; of two that are equally close, the shorter.
+        r += min((abs(len(ref) - len(candidate)), len(ref)) for ref in refs)[1]
+        for k in range(n):
+            grams = ngrams(candidate, k + 1)
+            # A k-gram counts as often as it is in the reference that has it most often.
+            most = reduce(or_, (ngrams(ref, k + 1) for ref in refs))
+            hits[k] += (grams & most).total()
+            total[k] += grams.total()
+    if not all(hits):
+        return 0.0
+    return math.exp(
+        min(0, 1 - r / c) + statistics.fmean(math.log(h / t) for h, t in zip(hits, total))
+    )
+
+
+@cache
+def stem(word: str) -> str:
+    from nltk.stem import PorterStemmer  # here, since it takes seconds that `--help` should not
+
+    return PorterStemmer().stem(word)
+
+
+def meteor(candidate: Words, refs: list[Words]) -> float:
+    """METEOR of a clip with its best reference, 0 … 1."""
+    best = 0.0
+    for ref in refs:
+        pairs = {}  # place in the candidate -> place in the reference
+        for form in (str, stem):  # equal words first, then equal stems among what is left
+            places = defaultdict(list)
+            for j in sorted(set(range(len(ref))) - set(pairs.values())):
+                places[form(ref[j])].append(j)
+            # From the end, each word takes its last match that is free. The original looks for the
+            # fewest crossings instead, which matters only where a word occurs more than once.
+            for i in reversed(range(len(candidate))):
+                if i not in pairs and places[form(candidate[i])]:
+                    pairs[i] = places[form(candidate[i])].pop()
+        if not pairs:
+            continue
+        p, r = len(pairs) / len(candidate), len(pairs) / len(ref)
+        runs = itertools.pairwise(sorted(pairs.items()))
+        chunks = 1 + sum((i + 1, j + 1) != after for (i, j), after in runs)
+        score = p * r / (0.9 * p + 0.1 * r) * (1 - 0.5 * (chunks / len(pairs)) ** 3)
+        best = max(best, score)
+    return best
+
+
+def rouge_l(candidate: Words, refs: list[Words], beta: float = 1.2) -> float:
+    """ROUGE-L of a clip, 0 … 1. As in COCO, P and R may be of different references."""
+    longest = []
+    for ref in refs:
+        row = [0] * (len(ref) + 1)  # row[j]: longest subsequence of what was read and of ref[:j]
+        for word in candidate:
+            before = row[:]
+            for j, other in enumerate(ref):
+                row[j + 1] = before[j] + 1 if word == other else max(before[j + 1], row[j])
+        longest.append(row[-1])
+    if not any(longest):
+        return 0.0
+    p = max(longest) / len(candidate)
+    r = max(n / len(ref) for n, ref in zip(longest, refs))
+    return (1 + beta**2) * p * r / (r + beta**2 * p)
+
+
+def cider_d(candidates: list[Words], references: list[list[Words]], sigma: float = 6.0) -> float:
+    """CIDEr-D, 0 … 10. What is rare among these clips' references weighs more: it depends on all
+    clips, and is 0 for a single one."""
+    clips_with = Counter()
+    for refs in references:
+        clips_with.update({gram for ref in refs for n in (1, 2, 3, 4) for gram in ngrams(ref, n)})
+
+    def weighted(words, n):
+        grams = ngrams(words, n).items()
+        return {g: k * math.log(len(references) / max(1, clips_with[g])) for g, k in grams}
+
+    scores = []
+    for candidate, refs in zip(candidates, references):
+        for ref, n in itertools.product(refs, (1, 2, 3, 4)):
+            x, y = weighted(candidate, n), weighted(ref, n)
+            common = sum(min(x[gram], y[gram]) * y[gram] for gram in x if gram in y)
+            norm = math.hypot(*x.values()) * math.hypot(*y.values())
+            penalty = math.exp(-((len(candidate) - len(ref)) ** 2) / (2 * sigma**2))
+            scores.append(penalty * common / norm / len(refs) if norm else 0.0)
+    return 10 * sum(scores) / 4 / len(references)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict]:
+    """JSONL, or CSV with a header -> records with id, and captions where there is a caption."""
+    records = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            is_json = path.suffix == ".jsonl"
+            for row in map(json.loads, file) if is_json else csv.DictReader(file, strict=True):
+                if not is_json and None in (*row, *row.values()):
+                    raise ValueError("too many or too few columns")
+                ids = [row.get(key) for key in ("id", "youtube_id", "name", "file")]
+                name = next((str(x) for x in ids if x not in (None, "")), None)
+                if name is None:
+                    raise ValueError("no id")
+                captions = row.get("captions", row.get("caption"))
+                records.append(row | {"id": name, "captions": captions})
+    except (ValueError, TypeError, AttributeError, csv.Error) as e:
+        raise ValueError(f"{path}, record {len(records) + 1}: {e!r}; expected CSV, or JSON a line, "
+                         "with id (or youtube_id, name, file) and captions") from e  # fmt: skip
+    if not records:
+        raise ValueError(f"{path}: no records")
+    return records
+
+
+def texts(record: dict, field: str) -> list[str]:
+    value = record.get(field)
+    value = [value] if isinstance(value, str) else value or []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{record['id']}: {field} is {value!r:.60}; expected a text or a list")
+    return value
+
+
+def read_references(path: Path) -> dict[str, list[str]]:
+    """id -> its references. ValueError if one has no word, which no metric could compare with."""
+    references = defaultdict(list)
+    for record in read(path):
+        references[record["id"]] += texts(record, "captions")
+    for name, captions in references.items():
+        if not captions or not all(map(tokenize, captions)):
+            raise ValueError(f"{path}: {name} has a reference without a word, or none")
+    return references
+
+
+def systems_of(files: dict[Path, list[dict]], fields: list[str]) -> dict[str, dict]:
+    """system -> {id: candidate, or None if it has none}; a system is a field of a file's records.
+    Of several captions the first counts."""
+    systems = {}
+    for path, records in files.items():
+        name, count = Counter(record["id"] for record in records).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{path}: id {name} is there {count} times")
+        for field in fields:
+            found = {record["id"]: next(iter(texts(record, field)), None) for record in records}
+            if set(found.values()) == {None}:
+                raise ValueError(f"{path}: no record has a caption as {field!r}; see --field")
+            systems[field if len(files) == 1 else f"{path}:{field}"] = found
+    return systems
+
+
+# ---- judging -------------------------------------------------------------------------------------
+
+
+def histogram(values: list[float], width: float) -> dict[str, int]:
+    """{from where a bin begins: how many values are in it}, empty bins between included."""
+    bins = Counter(math.floor(x / width + 1e-9) for x in values)  # 0.15 / 0.05 is 2.9999…
+    return {f"{k * width:g}": bins[k] for k in range(min(bins), max(bins) + 1)}
+
+
+def spread(values: list[float]) -> dict:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def statistics_of(captions: list[Words]) -> dict:
+    """Vocabulary, lengths in words (std of the whole, not of a sample), and top 20 words."""
+    lengths, words = [len(words) for words in captions], Counter(itertools.chain(*captions))
+    out = {"clips": len(captions), "vocabulary": len(words), "mean": statistics.fmean(lengths)}
+    out |= {"std": statistics.pstdev(lengths)} | spread(lengths)
+    top = [(word, n) for word, n in words.most_common() if word not in STOP_WORDS]
+    bins = histogram(lengths, max(1, math.ceil(max(lengths) / 40)))
+    return out | {"top 20 words": dict(top[:20]), "lengths": bins}
+
+
+def judge(systems: dict, references: dict[str, list[str]]) -> tuple[dict, list[str]]:
+    """Table A2: the scores and statistics of each system, and of the references; what to note."""
+    sets, notes, judged = {}, [], {}
+    for name, captions in systems.items():
+        words = {i: tokenize(text or "") for i, text in captions.items()}
+        none = [i for i in captions if captions[i] is None]
+        alone = [i for i in captions if i not in references]
+        empty = [i for i in captions if not words[i] and captions[i] is not None]
+        for ids, what in (
+            (none, "have no caption: left out"),
+            (alone, "have no reference: left out"),
+            (empty, "have a caption without a word: it scores 0"),
+        ):
+            if ids:
+                notes.append(f"{name}: {len(ids)} of {len(captions)} {what} ({ids[0]}, …)")
+        ours = [i for i in captions if i not in {*none, *alone}]
+        if not ours:
+            raise ValueError(f"{name}: none of its captions has a reference of the same id")
+        candidates, refs = [words[i] for i in ours], [[*map(tokenize, references[i])] for i in ours]
+        judged |= dict(zip(ours, refs))
+        sets[name] = {f"BLEU-{n}": bleu(candidates, refs, n) for n in (1, 4)}
+        sets[name]["METEOR"] = statistics.fmean(map(meteor, candidates, refs))
+        sets[name]["ROUGE-L"] = statistics.fmean(map(rouge_l, candidates, refs))
+        sets[name] |= {"CIDEr": cider_d(candidates, refs)} | statistics_of(candidates)
+    # A vocabulary grows with the number of captions: of several references the first counts here.
+    sets["references (first)"] = statistics_of([refs[0] for refs in judged.values()])
+    return sets, notes
+
+
+def is_score(x) -> bool:
+    return x is None or (isinstance(x, int | float) and -1.001 < x < 1.001)  # NaN is none
+
+
+def entailment(records: list[dict]) -> dict[str, dict]:
+    """scorer -> (min, median, max), Pearson's r with each scorer (None: undefined), histogram."""
+    scores = []
+    for record in records:
+        row = record.get("entailment") or {}
+        if not isinstance(row, dict) or not all(is_score(x) for x in row.values()):
+            raise ValueError(
+                f"{record['id']}: entailment is {row!r:.60}; expected scores by scorer"
+            )
+        scores.append({key: x for key, x in row.items() if x is not None})
+    names, out = list(dict.fromkeys(itertools.chain(*scores))), {}
+    for a in names:
+        found = [row[a] for row in scores if a in row]
+        out[a] = {"scored": len(found)} | spread(found)
+        for b in names:
+            both = [(row[a], row[b]) for row in scores if a in row and b in row]
+            varies = all(len(set(column)) > 1 for column in zip(*both)) and both
+            out[a][f"r with {b}"] = statistics.correlation(*zip(*both)) if varies else None
+        out[a]["histogram"] = histogram(found, 0.05)
+    return out
+
+
+# ---- showing -------------------------------------------------------------------------------------
+
+
+def text_table(table: dict[str, dict], columns: list[str]) -> str:
+    def show(x):
+        return "–" if x is None else f"{x:.3f}" if isinstance(x, float) else f"{x:,}"
+
+    rows = [["", *columns]]
+    rows += [[name, *(show(row.get(key)) for key in columns)] for name, row in table.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(row) for row in rows)
+
+
+def bars(title: str, rows: dict[str, int]) -> str:
+    """Counts as horizontal bars of SVG."""
+    parts, most = [], max(rows.values(), default=1)
+    for i, (name, value) in enumerate(rows.items()):
+        y, width = 18 * i, 330 * value / most
+        parts.append(
+            f'<text x="0" y="{y + 13}">{html.escape(name)}</text>'
+            f'<rect x="110" y="{y + 2}" width="{width:.1f}" height="14" rx="2"/>'
+            f'<text x="{116 + width:.1f}" y="{y + 13}">{value:,}</text>'
+        )
+    size = f'viewBox="0 0 520 {18 * len(rows) + 4}" role="img" aria-label="{title}"'
+    return f"<h3>{title}</h3><svg {size}>{''.join(parts)}</svg>"
+
+
+def page(title: str, body: str) -> bytes:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n"
+    ).encode()
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_aside(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def judge_command(args: argparse.Namespace) -> None:
+    """Prints table A2 and the entailment scores, and writes them as JSON and, with plots, HTML."""
+    files = {path: read(path) for path in args.captions}
+    sets, notes = judge(systems_of(files, args.field), read_references(args.references))
+    columns = ["clips", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+    columns += ["vocabulary", "mean", "std", "min", "median", "max"]
+    text = "\n".join([text_table(sets, columns), "mean … max: words a caption", *notes])
+    plots, scores = "", {}
+    for path, records in files.items():
+        if found := entailment(records):
+            scores[str(path)] = found
+            columns = ["scored", "min", "median", "max", *(f"r with {key}" for key in found)]
+            text += f"\n\nentailment, {path}\n{text_table(found, columns)}"
+            for key, row in found.items():
+                title = html.escape(f"Entailment by {key}, {path}: clips by score")
+                plots += bars(title, row["histogram"])
+    for name, row in sets.items():
+        plots += bars(f"Top 20 words, no stop words: {html.escape(name)}", row["top 20 words"])
+        plots += bars(f"Captions by number of words: {html.escape(name)}", row["lengths"])
+    print(text)
+    body = f'<div class="scroll"><pre>{html.escape(text)}</pre></div>{plots}'
+    write_aside(args.out, page("Caption scores", body))
+    result = {"captions": [*map(str, files)], "references": str(args.references), "notes": notes}
+    write_json(args.out.with_suffix(".json"), result | {"sets": sets, "entailment": scores})
+    print(f"{args.out} and .json")
+
+
+# ---- rating by people ----------------------------------------------------------------------------
+#
+# P2, A.5: five people gave 500 clips' captions a similarity to the reference from 0 to 1; where it
+# was in doubt, the sound counted. The page shows both. It knows a caption by its row only: which
+# system wrote it is in the key file, which raters don't get.
+
+RATING_STYLE = """<style>
+.row { margin: 1rem 0; } .row input { width: calc(100% - 4rem); vertical-align: middle; }
+output { display: inline-block; width: 3.5rem; text-align: right; }
+header { position: sticky; top: 0; background: Canvas; padding: .5rem 0; z-index: 1; }
+</style>"""
+# A slider that nobody has touched has no score, wherever its knob stands: the CSV leaves it empty.
+# What was rated is also kept in the browser, where it allows that, so that a closed page goes on.
+SCRIPT = """
+const sliders = [...document.querySelectorAll("input[type=range]")];
+const rater = document.getElementById("rater"), state = document.getElementById("state");
+const scores = {};
+function show() {
+  for (const s of sliders) {
+    if (s.id in scores) s.value = scores[s.id];
+    s.nextElementSibling.value = scores[s.id] ?? "–";
+  }
+  state.value = Object.keys(scores).length + " of " + sliders.length + " rated";
+}
+function csv() {
+  const name = '"' + rater.value.trim().replaceAll('"', '""') + '"';
+  const lines = sliders.map(s => name + "," + s.id + "," + (scores[s.id] ?? ""));
+  return ["rater,row,score", ...lines].join("\\r\\n") + "\\r\\n";
+}
+function keep() {
+  try { localStorage[PAGE] = JSON.stringify([rater.value, scores]); } catch {}
+  show();
+}
+for (const s of sliders)
+  s.oninput = s.onclick = () => { scores[s.id] = s.value; keep(); };
+rater.oninput = keep;
+document.getElementById("save").onclick = () => {
+  if (!rater.value.trim()) { state.value = "your name, please"; rater.focus(); return; }
+  const a = document.createElement("a");
+  a.href = URL.createObjectURL(new Blob([csv()], { type: "text/csv" }));
+  a.download = "ratings-" + rater.value.trim().replace(/[^\\p{L}\\p{N}]+/gu, "-") + ".csv";
+  a.click();
+};
+try {
+  const kept = JSON.parse(localStorage[PAGE]);
+  rater.value = kept[0];
+  Object.assign(scores, kept[1]);
+} catch {}
+show();
+"""
+
+
+def rating_page(
+    systems: dict, references: dict, sounds: dict[str, Path], n: int, seed: int
+) -> tuple[bytes, dict]:
+    """A page of n clips (all, if there are fewer), and its key: {row: [id, system]}.
+
+    Of the clips that have a sound and a caption by every system, a sample is drawn from `seed`, and
+    the captions of each are shuffled. ValueError if there are none.
+    """
+    captions = {i: [system.get(i) for system in systems.values()] for i in sounds}
+    ids = sorted(i for i in captions if all(map(tokenize, [x or "" for x in captions[i]])))
+    if not ids:
+        raise ValueError("no clip has a sound and a caption by every system")
+    rng, key, body = random.Random(seed), {}, []
+    chosen = rng.sample(ids, min(n, len(ids)))
+    tag = f"{zlib.crc32(repr((seed, chosen, captions)).encode()):08x}"  # tells pages apart
+    for number, i in enumerate(chosen, 1):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, load_audio(sounds[i]).numpy(), SAMPLE_RATE, format="MP3")
+        sound = data_url("audio/mpeg", buffer.getvalue())
+        body.append(f'<div class="clip"><h3>Clip {number} of {len(chosen)}</h3>'
+                    f'<audio controls preload="none" src="{sound}"></audio>')  # fmt: skip
+        body += [f"<p>Reference: {html.escape(text)}</p>" for text in references.get(i, [])[:1]]
+        for name, text in rng.sample(list(zip(systems, captions[i])), len(systems)):
+            row = f"{tag}-{len(key) + 1}"
+            key[row] = [i, name]
+            body.append(f'<div class="row"><label for="{row}">{html.escape(text)}</label><br>'
+                        f'<input type="range" id="{row}" min="0" max="1" step="0.05" value="0.5">'
+                        "<output></output></div>")  # fmt: skip
+        body.append("</div>")
+    head = (
+        f"{RATING_STYLE}<p>Listen to each clip, and say how well each caption describes it: 0, not "
+        "at all, to 1, entirely. A reference is what somebody else wrote; where they differ, "
+        "believe your ears. Then save the CSV and send it back.</p><header><label>Your name "
+        '<input id="rater"></label> <button id="save">Save CSV</button> <output id="state" '
+        'style="width: auto"></output></header>'
+    )
+    script = f'<script>const PAGE = "audio-journey-{tag}";{SCRIPT}</script>'
+    return page("How well do captions describe sounds?", head + "".join(body) + script), key
+
+
+def average(paths: list[Path], key: dict[str, list[str]]) -> tuple[dict, list[str], list[str]]:
+    """Raters' CSVs -> similarity scores by system (table 1), what is unanswered, what is invalid.
+
+    A system's mean is the mean over raters of each one's mean, its std the sample's over these.
+    """
+    scores, unanswered, invalid = defaultdict(dict), [], []  # scores: {(rater, system): {id: x}}
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.reader(file, strict=True))
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise ValueError(f"{path}: not a CSV ({e})") from e
+        if rows[:1] != [["rater", "row", "score"]]:
+            raise ValueError(f"{path}: expected the columns rater, row and score")
+        for line, row in enumerate(rows[1:], 2):
+            try:
+                if len(row) != 3:
+                    raise ValueError(f"{len(row)} columns instead of 3")
+                rater, name, score = map(str.strip, row)
+                i, system = key.get(name, ("", ""))
+                if not rater or not system:
+                    raise ValueError("no rater" if system else f"row {name!r} is not in the key")
+                if i in scores[rater, system]:
+                    raise ValueError(f"{rater} rates {name} for the second time")
+                if not score:
+                    unanswered.append(f"{path}, line {line}: {i} of {system}, by {rater}")
+                elif not 0 <= float(score) <= 1:  # nor NaN
+                    raise ValueError(f"score {score} is not in 0 … 1")
+                else:
+                    scores[rater, system][i] = float(score)
+            except ValueError as e:
+                invalid.append(f"{path}, line {line}: {e}")
+    table = {}
+    for system in dict.fromkeys(system for _, system in key.values()):
+        found = [by_clip for (_, name), by_clip in scores.items() if name == system and by_clip]
+        means = [statistics.fmean(by_clip.values()) for by_clip in found]
+        table[system] = {"similarity": statistics.fmean(means) if means else None}
+        table[system] |= {"std": statistics.stdev(means) if len(means) > 1 else None}
+        table[system] |= {"raters": len(found), "clips": len(set().union(*found))}
+        table[system] |= {"ratings": sum(map(len, found))}
+    return table, unanswered, invalid
+
+
+def rate_command(args: argparse.Namespace) -> None:
+    systems = systems_of({path: read(path) for path in args.captions}, args.field)
+    references = read_references(args.references) if args.references else {}
+    ids = list(dict.fromkeys(itertools.chain(*systems.values())))
+    sounds = select(sounds_of(args.audio), ids)
+    text, key = rating_page(systems, references, sounds, args.clips, args.seed)
+    aside = args.out.with_suffix(".key.json")
+    write_json(aside, key)
+    write_aside(args.out, text)
+    clips = len(key) // len(systems)
+    print(f"{args.out}: {clips} clips of {len(ids)} ids, {len(sounds)} of them with a sound; "
+          f"{len(text) / 2**20:.1f} MB, for the raters. {aside}: for `average`")  # fmt: skip
+
+
+def average_command(args: argparse.Namespace) -> None:
+    try:
+        key = json.loads(args.key.read_bytes())
+        key = {row: (str(i), str(system)) for row, (i, system) in key.items()}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{args.key}: not a key that `rate` wrote ({e!r})") from e
+    table, unanswered, invalid = average(args.ratings, key)
+    print(text_table(table, ["similarity", "std", "raters", "clips", "ratings"]))
+    print(f"{len(unanswered)} rows unanswered", *unanswered, sep="\n  ")
+    print(f"{len(invalid)} rows invalid, not counted", *invalid, sep="\n  ")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    commands = parser.add_subparsers(dest="command", required=True)
+    judging = commands.add_parser("judge", help="metrics, as table, JSON and page with plots")
+    rating = commands.add_parser("rate", help="a page on which people rate captions")
+    for command in (judging, rating):
+        add = command.add_argument
+        add("captions", nargs="+", type=Path, help="JSONL or CSV; several: each its own system")
+        add("--field", action="append", help="which holds the caption; may be repeated [captions]")
+    judging.add_argument("references", type=Path, help="JSONL or CSV")
+    judging.add_argument("--out", type=Path, default=Path("caption_scores.html"), help="the page, "
+                         "and JSON beside it [caption_scores.html]")  # fmt: skip
+    add = rating.add_argument
+    add("--audio", type=Path, required=True, help="folder of sounds, ID.wav or so")
+    add("--references", type=Path, help="JSONL or CSV, to show the first of each clip")
+    add("--out", type=Path, default=Path("rate.html"), help="the page, and its key [rate.html]")
+    add("--clips", type=int, default=500, help="at most [500]")
+    add("--seed", type=int, default=0, help="of the sample and the order [0]")
+    averaging = commands.add_parser("average", help="raters' CSVs -> mean scores by system")
+    averaging.add_argument("ratings", nargs="+", type=Path, help="what the page has saved")
+    averaging.add_argument("--key", type=Path, required=True, help="what rate wrote: *.key.json")
+    args = parser.parse_args(arguments)
+    if args.command != "average":
+        args.field = args.field or ["captions"]
+        if args.out.suffix != ".html":
+            parser.error(f"--out {args.out}: expected a name that ends in .html")
+    if args.command == "rate" and args.clips < 1:
+        parser.error("--clips is 1 or more")
+    run = {"judge": judge_command, "rate": rate_command, "average": average_command}[args.command]
+    try:
+        run(args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
