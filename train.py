@@ -339,9 +339,9 @@ class Run:
             predicted = model(x_t, t, text, text_mask, c.gradient_checkpointing)
         losses = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
         if c.prediction == "x0":
-            # v's error is x_0's over √(1−ᾱ_t): the loss of v, bounded where there is hardly noise
-            # (Li and He 2025).
-            losses = losses / (1 - self.alphas_cumprod[t]).clamp(min=0.05).to(losses)
+            # v's error is x_0's over √(1−ᾱ_t): the loss of v, whose weight is 1 + SNR, but no more
+            # than 5, or clips with hardly any noise outweigh the rest (Hang et al. 2023).
+            losses = losses / (1 - self.alphas_cumprod[t]).clamp(min=0.2).to(losses)
         return losses
 
     def autocast(self):
