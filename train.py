@@ -119,7 +119,7 @@ class Config:
     val_clips: Count = 128  # clips of the validation loss
     sample_every: NotNegative = 1000  # steps; 0: never
     sample_prompt: str = "dog barking"  # what the samples are of
-    guidance: float = 3.0  # of these samples, and what sample.py takes unless told otherwise
+    guidance: float = 5.0  # of these samples, and what sample.py takes unless told otherwise
     resume: bool = True  # go on from the run's newest checkpoint; no: set the old run aside
 
 

@@ -1,9 +1,26 @@
-"""The recordings of the tiny world."""
+"""The tiny model that is shipped: it loads, and what it makes is sound of the right size."""
 
 import csv
+import json
 from pathlib import Path
 
+import pytest
+import torch
+
+from latents import to_grid
+from sample import generate, load_model
+
 TINY = Path(__file__).resolve().parent.parent / "tiny"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(TINY / "model")
+
+
+@pytest.fixture(scope="module")
+def waves(model):
+    return generate(model, ["dog barking", "rain falling", "siren wailing"], seed=0, steps=20)
 
 
 def test_every_recording_has_its_row_and_its_licence():
@@ -18,3 +35,26 @@ def test_every_recording_has_its_row_and_its_licence():
     for row in rows:
         sides.setdefault(row["source_group"], set()).add(row["split"])
     assert all(len(splits) == 1 for splits in sides.values())
+
+
+def test_the_folder_describes_itself():
+    about = json.loads((TINY / "model" / "model.json").read_text())
+    assert about["prediction"] == "x0" and about["codec"]["name"] == "mel"
+    weights = TINY / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 50e6
+
+
+def test_latents_have_the_size_of_real_ones(model, waves):
+    """Normalised, the latents of real clips have std 1. A model that fails to denoise has 5."""
+    stored = model.codec.encode(waves)
+    x_0 = to_grid(model.stats.normalize(model.codec.dequantize(stored)))
+    assert waves.shape == (3, 161_280) and torch.isfinite(waves).all()
+    assert 0.7 < x_0.std() < 1.4
+    assert (waves.abs().amax(dim=1) > 0.01).all()  # none is silent
+
+
+def test_prompts_make_a_difference(model, waves):
+    """Rain goes on all the time; a dog barks now and then."""
+    frames = waves.unfold(1, 1600, 1600).square().mean(dim=2)  # power of each tenth of a second
+    evenness = frames.log().std(dim=1)
+    assert evenness[1] < evenness[0]
