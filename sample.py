@@ -138,7 +138,8 @@ def add_lora(model: Model, path: str | Path, scale: float = 1.0) -> None:
     add up. ValueError, before anything is changed, for a file that isn't of this architecture."""
     tensors, about = read_tensors(path)
     about = json.loads(about.get("lora_adapter_metadata", "{}"))  # diffusers'
-    scale *= about.get("unet.lora_alpha", 1) / about.get("unet.r", 1)
+    about = {key.removeprefix("unet."): value for key, value in about.items()}
+    scale *= about.get("lora_alpha", 1) / about.get("r", 1)
     weights, changes = dict(model.unet.named_parameters()), {}
     for name in sorted({key.partition(".lora_")[0] for key in tensors}):
         A, B = (tensors.pop(f"{name}.lora_{x}.weight", torch.empty(0, 0)) for x in "AB")
