@@ -465,7 +465,7 @@ class Run:
     def save_model(self) -> None:
         folder, aside, old = (self.out / name for name in ("model", "model.tmp", "model.old"))
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        aside.mkdir(parents=True)
         self.write_model(aside)
         if folder.exists():
             folder.rename(old)

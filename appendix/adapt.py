@@ -226,12 +226,12 @@ def make_own_clips(args: argparse.Namespace, caption: str) -> list[dict]:
         options = {"seed": args.seed, "indices": [i], "precision": args.precision}
         wave = sample.generate(model, [caption], steps=args.prior_steps, progress=True, **options)
         latents.save_audio(paths[i], wave[0])
-    row = {"captions": [caption], "labels": ["prior"]}
+    row = {"captions": [caption], "labels": ["own"], "own": True}
     return [{"id": f"prior-{p.stem}", "file": p.name, **row} for p in paths]
 
 
 def load_clips(row: dict, audio: Path, out: Path) -> Tensor:
-    return latents.load_row(row, out / "prior" if row["labels"] == ["prior"] else audio)
+    return latents.load_row(row, out / "prior" if row.get("own") else audio)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Config, type[Run]]:

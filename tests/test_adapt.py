@@ -143,7 +143,7 @@ def test_only_the_new_embedding_is_learned(root, prepare, tmp_path):
     assert same(before[0], after[0]) and same(before[1], after[1])
     assert torch.equal(before[2], after[2])  # no caption without the word is changed, to the bit
     assert sum(p.numel() for p in run.unet.parameters()) == 32
-    assert (run.unet.rows - start).abs().min() > 1e-4
+    assert (run.unet.rows != start).all() and (run.unet.rows - start).abs().max() > 1e-3
     assert all(p.grad is None for p in run.base.parameters())
 
     run.save()
@@ -176,7 +176,7 @@ def test_the_gradient_goes_through_the_text_encoder(prepare):
     embedded = encoder.table.weight[ids].clone()
     embedded[place] = run.unet.rows[0]
     vector = embedded.detach().requires_grad_()
-    out = encoder.model(inputs_embeds=vector[None], attention_mask=torch.ones(1, 32))
+    out = encoder.model(inputs_embeds=vector[None], attention_mask=torch.ones(1, 32).long())
     torch.testing.assert_close(states[0], out.last_hidden_state[0])
     (expected,) = torch.autograd.grad((out.last_hidden_state[0] * weights).sum(), vector)
     torch.testing.assert_close(gradient[0], expected[place])
@@ -211,7 +211,7 @@ def test_new_words_in_any_text_encoder(kind, tmp_path):
     new = [i for i in ids if i >= len(tokenizer)]
     assert new == [len(tokenizer) + 1, len(tokenizer)]  # and not within a word
     assert far_from(encoder(["a <two> rain"])[0], first)
-    for word in ("<one>", "a", ""):
+    for word in ("<one>", ""):
         with pytest.raises(ValueError, match="expected one that the text encoder doesn't know"):
             encoder.add_words({word: rows[0]})
     with pytest.raises(ValueError, match=r"'<x>': \[3\], expected \[32\]"):
@@ -229,7 +229,7 @@ def random_lora(run, seed):
 
 def test_lora_begins_as_the_model_itself(root, prepare):
     run = begin(prepare, "lora")
-    unet = UNet.from_pretrained(root / "model")
+    unet = UNet.from_pretrained(root / "model").to(memory_format=torch.channels_last)
     # One transformer down, two up, one in the middle: eight projections each.
     assert len(run.layers) == 4 * 8 and "mid_block.attentions.0" in " ".join(run.layers)
     _, captions, stored, t, noise = run.batch(0, 0)
@@ -389,7 +389,8 @@ def test_dreambooth_with_lora(prepare, tmp_path):
 
 def test_a_new_controlnet_changes_nothing(root, prepare):
     run = begin(prepare, "controlnet")
-    unet, picture = UNet.from_pretrained(root / "model"), torch.randn(2, 1, 24, 21)
+    unet = UNet.from_pretrained(root / "model").to(memory_format=torch.channels_last)
+    picture = torch.randn(2, 1, 24, 21)
     with torch.no_grad():
         plain = unet(*batch())
         control = run.unet(picture, *batch())
@@ -404,11 +405,9 @@ def test_a_new_controlnet_changes_nothing(root, prepare):
     assert same(before, run.base.state_dict()) and same(before, unet.state_dict())
     with torch.no_grad():
         outputs = [run.base(*batch(), control=run.unet(p, *batch())) for p in (picture, -picture)]
-    assert far_from(outputs[0], plain) and far_from(outputs[0], outputs[1])
-    # All of it learns: the zero convolutions from the first step on, what is behind them then.
-    start = ControlNet.copy_of(unet)
-    for name, p in run.unet.named_parameters():
-        assert not torch.equal(p, start.get_parameter(name)) or "conv_in.weight" not in name, name
+    assert far_from(outputs[0], plain) and not torch.equal(*outputs)
+    # Nothing is zero any more, neither where the copy comes out nor where the picture comes in.
+    assert all(p.abs().max() > 0 for p in run.unet.parameters())
 
 
 def test_controlnet_is_diffusers(tmp_path):
@@ -453,9 +452,9 @@ def test_loudness():
         picture = loudness(codec, stored)
         assert picture.shape == (1, 1, 24, 21)
         rows = picture[0, 0].mean(1)
-        assert (rows[13:23] - rows[1:11]).mean() == pytest.approx(1, abs=0.02)  # 20 dB
+        assert (rows[13:23] - rows[1:11]).mean() == pytest.approx(1, abs=0.03)  # 20 dB
         level = 20 * np.log10(0.05 / np.sqrt(2) if codec is Waves else 0.05)
-        assert rows[5] == pytest.approx((level + 40) / 20, abs=0.15)
+        assert rows[5] == pytest.approx((level + 40) / 20, abs=0.3)
     assert loudness(MelCodec(), torch.zeros(1, 64, FRAMES, dtype=torch.uint8)).max() < -1
 
 
@@ -502,10 +501,9 @@ def test_an_interrupted_run_goes_on_to_the_bit(method, prepare, tmp_path, monkey
     ]
     for key in ("unet", "ema"):
         assert same(*(saved[key] for saved in checkpoints))
-    # What is kept is what was learned, and no copy of the model (DreamBooth's is one).
-    if method != "dreambooth":
+    if method in METHODS[:2]:  # what is kept is what was learned, and no copy of the model
         base = sum(p.numel() for p in UNet.from_pretrained(whole.init).parameters())
-        assert sum(x.numel() for x in checkpoints[0]["unet"].values()) < 0.7 * base
+        assert sum(x.numel() for x in checkpoints[0]["unet"].values()) < 0.1 * base
     with pytest.raises(ValueError, match="its run has lr = 0.01, this command 0.02"):
         c, kind = prepare(method)
         train(replace(c, lr=0.02), kind)
@@ -584,10 +582,11 @@ def test_bad_command_lines(root, capsys):
 def test_mistakes_get_one_line(root, prepare, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     begun = ["--model", root / "model", "--device", "cpu", "--steps", 1, "--batch-size", 1]
-    audio, inversion = ["--audio", root / "audio"], ["textual-inversion", *begun, "--out", "ti"]
+    audio, inversion = ["--audio", root / "audio"], ["textual-inversion", *begun]
     for arguments, part in (
         ([*inversion, *audio, "--token", "<k>", "--word", "3☃"], "'3☃': not words that"),
-        ([*inversion, *audio, "--token", "k", "--word", "horn"], "new word 'k': expected one"),
+        ([*inversion, *audio, "--token", "k", "--word", "horn", "--out", "x"], "new word 'k': exp"),
+        ([*inversion, *audio, "--token", "<x>", "--word", "horn"], "begun with another table"),
         ([*inversion, "--audio", "no", "--token", "<k>", "--word", "horn"], "no: no such folder"),
         (["lora", *begun, "--audio", "no", "--table", root / "table.csv"], "no: no such folder"),
         (["lora", *begun, *audio, "--table", "no.csv"], "no.csv"),
