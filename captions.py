@@ -232,6 +232,7 @@ class TextEncoder:
         self.device = torch.device(device)
         self.model, self.tokenizer = _load("text encoder", self.name, self.device, dtype)
         self.dim = self.model.config.hidden_size
+        # Input embeddings: of the tokenizer's own tokens, and by word those of `add_words`.
         self.table, self.words = self.model.get_input_embeddings(), {}
         most = _positions(self.model)
         if not 3 <= max_length <= most:
@@ -278,7 +279,7 @@ class TextEncoder:
                                  f"know, such as '<{word}>'")  # fmt: skip
             if list(row.shape) != [self.dim]:
                 raise ValueError(f"new word {word!r}: {list(row.shape)}, expected [{self.dim}]")
-        # single_word: not within other words
+        # single_word: "sk" is not to be found in "mask"
         self.tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words])
         self.words |= words
         rows = torch.stack([*self.words.values()]).to(self.device)
@@ -287,8 +288,8 @@ class TextEncoder:
         self.cache.clear()
 
     def identity(self) -> str:
-        """A hash of the input embeddings: what learned ones mean something beside. In bf16, since
-        that is what there is of them on CUDA."""
+        """A hash of the table of input embeddings: learned words mean something beside it only. In
+        bf16, since on CUDA there is no more of it."""
         table = self.table.weight.bfloat16().view(torch.int16).cpu().numpy()
         return hashlib.sha256(table.tobytes()).hexdigest()
 

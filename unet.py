@@ -364,7 +364,7 @@ class ControlNet(UNet):
 
     Returns what is to be added to each of the U-Net's skips and to its middle. All of that comes
     out of convolutions that begin as zeros: at first, it changes nothing. Names and folders are
-    those of diffusers' `ControlNetModel`.
+    those of diffusers' `ControlNetModel` (which leaves the text projection to its caller).
     """
 
     more_config = {
