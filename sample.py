@@ -390,6 +390,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error('say what to hear: python sample.py "dog barking", or --prompts FILE')
     if bool(args.control) != bool(args.controlnet):
         parser.error("--control and --controlnet go together")
+    if args.control and args.seconds > CLIP_SAMPLES / SAMPLE_RATE:
+        parser.error("--control is the loudness of one clip: --seconds 10.08 at most")
     if args.n < 1 or args.batch_size < 1 or args.seed < 0:
         parser.error("-n and --batch-size are 1 or more, --seed is 0 or more")
     if not 1 / SAMPLE_RATE <= args.seconds <= MAX_SECONDS:
