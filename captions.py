@@ -306,7 +306,7 @@ class TextEncoder:
             return_tensors="pt",
         )
         if any(encoding.overflowing for encoding in batch.encodings):  # Python shows it only once
-            warnings.warn(f"captions of more than {self.max_length} tokens are cut", stacklevel=4)
+            warnings.warn(f"captions of more than {self.max_length} tokens are cut", stacklevel=3)
 
         mask = batch["attention_mask"].bool()  # [rows, L]
         # Ones mean unmasked in every model; None would leave it to the model.
