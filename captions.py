@@ -27,6 +27,7 @@ would overwrite. Where there is no video, entailment is of the LLM's caption and
 import argparse
 import copy
 import csv
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -231,6 +232,8 @@ class TextEncoder:
         self.device = torch.device(device)
         self.model, self.tokenizer = _load("text encoder", self.name, self.device, dtype)
         self.dim = self.model.config.hidden_size
+        # Input embeddings: of the tokenizer's own tokens, and by word those of `add_words`.
+        self.table, self.words = self.model.get_input_embeddings(), {}
         most = _positions(self.model)
         if not 3 <= max_length <= most:
             raise ValueError(f"max_length {max_length}: {name} takes from 3 to {most} tokens")
@@ -263,9 +266,38 @@ class TextEncoder:
         states, masks = (torch.stack(x).to(self.device) for x in (states, masks))
         return states, masks if self.mask in ("cross-attention", "both") else None
 
-    @torch.no_grad()  # and not inference_mode: the U-Net's backward pass reads the states
+    def add_words(self, words: dict[str, torch.Tensor]) -> None:
+        """New words, with their input embeddings [dim]: what textual inversion learns.
+
+        From now on they may stand anywhere in a caption. ValueError for what is a word already.
+        """
+        from tokenizers import AddedToken
+
+        for word, row in words.items():
+            if len(self.tokenizer.tokenize(word)) < 2:  # "Dog" too, where case doesn't matter
+                raise ValueError(f"new word {word!r}: expected one that the text encoder doesn't "
+                                 f"know, such as '<{word}>'")  # fmt: skip
+            if list(row.shape) != [self.dim]:
+                raise ValueError(f"new word {word!r}: {list(row.shape)}, expected [{self.dim}]")
+        # single_word: "sk" is not to be found in "mask"
+        self.tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words])
+        self.words |= words
+        rows = torch.stack([*self.words.values()]).to(self.device)
+        first = self.tokenizer.convert_tokens_to_ids(next(iter(self.words)))
+        self.model.set_input_embeddings(MoreWords(self.table, first, rows))
+        self.cache.clear()
+
+    def identity(self) -> str:
+        """A hash of the table of input embeddings: learned words mean something beside it only. In
+        bf16, since on CUDA there is no more of it."""
+        table = self.table.weight.bfloat16().view(torch.int16).cpu().numpy()
+        return hashlib.sha256(table.tobytes()).hexdigest()
+
     def _encode(self, captions):
-        """At most `rows` captions -> {caption: (states [L, dim], mask [L])}, on the CPU."""
+        """At most `rows` captions -> {caption: (states [L, dim], mask [L])}, on the CPU.
+
+        All is frozen, so there is no gradient, except for new words that are being learned.
+        """
         batch = self.tokenizer(
             captions + [""] * (self.rows - len(captions)),
             padding="max_length",
@@ -274,7 +306,7 @@ class TextEncoder:
             return_tensors="pt",
         )
         if any(encoding.overflowing for encoding in batch.encodings):  # Python shows it only once
-            warnings.warn(f"captions of more than {self.max_length} tokens are cut", stacklevel=4)
+            warnings.warn(f"captions of more than {self.max_length} tokens are cut", stacklevel=3)
 
         mask = batch["attention_mask"].bool()  # [rows, L]
         # Ones mean unmasked in every model; None would leave it to the model.
@@ -286,6 +318,19 @@ class TextEncoder:
             ).last_hidden_state.cpu()  # [rows, L, dim]
         # Clones, since a view would keep the whole batch alive in the cache.
         return {c: (states[i].clone(), mask[i].clone()) for i, c in enumerate(captions)}
+
+
+class MoreWords(torch.nn.Module):
+    """A frozen table of input embeddings, with `rows` [n, dim] for tokens number `first` and on."""
+
+    def __init__(self, table: torch.nn.Embedding, first: int, rows: torch.Tensor):
+        super().__init__()
+        self.table, self.first, self.rows = table, first, rows
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        known = self.table(ids.clamp(max=self.first - 1))
+        new = F.embedding((ids - self.first).clamp(min=0), self.rows).to(known.dtype)
+        return torch.where((ids < self.first)[..., None], known, new)
 
 
 # ---- loading -------------------------------------------------------------------------------------

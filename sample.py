@@ -46,6 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ import diffusion
 import latents
 from captions import TextEncoder
 from latents import CLIP_SAMPLES, SAMPLE_RATE
-from unet import UNet
+from unet import ControlNet, UNet
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
@@ -117,6 +118,78 @@ def load_model(
         raise ValueError(f"{folder}: its U-Net is not for text states {encoder.dim} wide")
     unet.to(device, memory_format=torch.channels_last)
     return Model(unet, encoder, codec, stats, alphas_cumprod, prediction, guidance, device)
+
+
+# ---- what appendix/adapt.py makes, added to a model ----------------------------------------------
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file and its metadata; ValueError for any other."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except safetensors.SafetensorError as e:
+        raise ValueError(f"{path}: damaged, or no safetensors file ({e})") from e
+
+
+def add_embedding(model: Model, path: str | Path) -> None:
+    """New words for prompts: textual inversion. ValueError for another text encoder's."""
+    words, about = read_tensors(path)
+    if about.get("text_encoder") != model.encoder.identity():
+        raise ValueError(f"{path}: no words for this model's text encoder, {model.encoder.name}")
+    model.encoder.add_words(words)
+
+
+@torch.no_grad()
+def add_lora(model: Model, path: str | Path, scale: float = 1.0) -> None:
+    """W ← W + scale·B·A, low-rank changes of some of the U-Net's weights; those of several files
+    add up. ValueError, before anything is changed, for a file that isn't of this architecture."""
+    tensors, about = read_tensors(path)
+    about = json.loads(about.get("lora_adapter_metadata", "{}"))  # diffusers'
+    about = {key.removeprefix("unet."): value for key, value in about.items()}
+    scale *= about.get("lora_alpha", 1) / about.get("r", 1)
+    weights, changes = dict(model.unet.named_parameters()), {}
+    for name in sorted({key.partition(".lora_")[0] for key in tensors}):
+        A, B = (tensors.pop(f"{name}.lora_{x}.weight", torch.empty(0, 0)) for x in "AB")
+        W = weights.get(name.removeprefix("unet.") + ".weight", torch.empty(0))
+        if W.dim() != 2 or (len(B), *A.shape[1:]) != W.shape or B.shape[1:] != A.shape[:1]:
+            raise ValueError(f"{path}: no LoRA for this U-Net: {name} doesn't fit")
+        changes[W] = scale * (B.to(W) @ A.to(W))
+    if tensors or not changes:
+        raise ValueError(f"{path}: expected NAME.lora_A.weight and NAME.lora_B.weight, and no more")
+    for W, change in changes.items():
+        W += change
+
+
+def add_control(model: Model, folder: str | Path, wave: Tensor) -> None:
+    """From now on the sounds follow the loudness of `wave`, 16 kHz [samples], by a ControlNet.
+    ValueError for another U-Net's."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    unet, net = model.unet, ControlNet.from_pretrained(folder)
+    if net.config != unet.config:
+        raise ValueError(f"{folder}: the ControlNet of another U-Net")
+    net.eval().requires_grad_(False).to(model.device, memory_format=torch.channels_last)
+    stored = model.codec.encode(latents.to_clips(wave).to(model.device))
+    picture = latents.loudness(model.codec, stored)  # [1, 1, 24, 21]
+
+    def controlled(x_t: Tensor, *rest) -> Tensor:
+        return unet(x_t, *rest, control=net(picture.expand(len(x_t), -1, -1, -1), x_t, *rest))
+
+    model.unet = controlled
+
+
+def file_and_scale(text: str) -> tuple[str, float]:
+    """ "FILE:0.5" -> (FILE, 0.5); without a scale 1."""
+    file, _, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def noise_generators(seed: int, indices: list[int]) -> list[torch.Generator]:
@@ -381,6 +454,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("prompt", nargs="*", help="what to hear; several make several files")
     add("--prompts", type=Path, help="file of prompts: text (one a line), CSV or JSONL")
     add("--model", type=Path, default=TINY, help="model folder [tiny/model]")
+    add("--embedding", action="append", default=[], metavar="FILE", help="new words for prompts; "
+        "may be repeated (this and the next three: appendix/adapt.py)")  # fmt: skip
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="low-rank changes of "
+        "the U-Net's weights; may be repeated, they add up")  # fmt: skip
+    add("--controlnet", metavar="FOLDER", help="what makes the sounds follow --control")
+    add("--control", metavar="AUDIO", help="recording whose loudness to follow")
     add("--out", type=Path, default=Path("."), help="folder, or a .wav for a single sound [.]")
     add("-n", type=int, default=1, help="sounds for each prompt [1]")
     add("--seed", type=int, default=0, help="same seed, same noise [0]")
@@ -407,6 +486,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.prompt) == bool(args.prompts):
         parser.error('say what to hear: python sample.py "dog barking", or --prompts FILE')
+    if bool(args.control) != bool(args.controlnet):
+        parser.error("--control and --controlnet go together")
+    if args.control and args.seconds > CLIP_SAMPLES / SAMPLE_RATE:
+        parser.error("--control is the loudness of one clip: --seconds 10.08 at most")
     if args.n < 1 or args.batch_size < 1 or args.seed < 0:
         parser.error("-n and --batch-size are 1 or more, --seed is 0 or more")
     if not 1 / SAMPLE_RATE <= args.seconds <= MAX_SECONDS:
@@ -450,12 +533,21 @@ def run(args: argparse.Namespace) -> None:
 
     init_audio = latents.load_audio(args.init_audio, CLIP_SECONDS) if args.init_audio else None
     model = load_model(args.model, args.device, args.encodec_weights)
+    for path in args.embedding:
+        add_embedding(model, path)
+    for lora in args.lora:
+        add_lora(model, *file_and_scale(lora))
+    if args.control:
+        add_control(model, args.controlnet, latents.load_audio(args.control))
     args.guidance = model.guidance if args.guidance is None else args.guidance
     keys = ("seed", "steps", "guidance", "sampler", "negative", "to", "seconds", "strength", "keep")
     settings = {key: getattr(args, key) for key in (*keys, "precision")}
     # Cut: libsndfile reads back 2,000 bytes at most, and the text encoder takes 50 tokens or so.
     about = settings | {"negative": cut(args.negative, 300), "to": cut(args.to, 300)}
     about["model"] = "/".join(args.model.resolve().parts[-2:])
+    adapted = [*args.embedding, *args.lora, args.controlnet, args.control]
+    if adapted := ["/".join(Path(x).parts[-3:]) for x in adapted if x]:
+        about["adapted"] = cut(", ".join(adapted), 300)
     about["init_audio"] = args.init_audio and args.init_audio.name
 
     timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), args.steps)

@@ -463,10 +463,19 @@ class Run:
             old.unlink()
 
     def save_model(self) -> None:
-        c, folder, aside = self.c, self.out / "model", self.out / "model.tmp"
+        folder, aside, old = (self.out / name for name in ("model", "model.tmp", "model.old"))
         shutil.rmtree(aside, ignore_errors=True)
-        self.ema.save_pretrained(aside / "unet")
-        self.stats.save(aside / "latent_stats.safetensors")
+        aside.mkdir(parents=True)
+        self.write_model(aside)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def write_model(self, folder: Path) -> None:
+        c = self.c
+        self.ema.save_pretrained(folder / "unet")
+        self.stats.save(folder / "latent_stats.safetensors")
         about = {
             "text_encoder": c.text_encoder,
             "max_length": c.max_length,
@@ -485,12 +494,7 @@ class Run:
                 "init": c.init or None,
             },
         }
-        (aside / "model.json").write_text(json.dumps(about, indent=2) + "\n")
-        old = self.out / "model.old"
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def load(self, path: Path) -> None:
         """Take up a checkpoint; ValueError if it belongs to another run than this command's."""
@@ -579,10 +583,10 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def train(c: Config) -> Path:
+def train(c: Config, kind: type[Run] = Run) -> Path:
     """The loop. Returns the model folder."""
     parent = os.getppid()
-    run = Run(c)
+    run = kind(c)
     load_newest(run)
     if run.step >= c.steps:
         if run.rank == 0:

@@ -223,6 +223,8 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """ε_θ (or v_θ: what it predicts is for the model folder to say)."""
 
+    more_config = {}  # what else config.json says
+
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
@@ -269,14 +271,32 @@ class UNet(nn.Module):
         text: Tensor,
         text_mask: Tensor | None = None,
         gradient_checkpointing: bool = False,
+        control: list[Tensor] | None = None,
     ) -> Tensor:
         """Predict the noise in `x_t`.
 
         x_t [B, in_channels, H, W] with H, W ≥ 8 (any size: 24×21 → 12×11 → 6×6 → 3×3), t [B] or one
         number, text [B, L, text_dim], text_mask [B, L] (True or 1: attend) or None: attend to all.
         `gradient_checkpointing` keeps each layer's input only and computes the rest again in the
-        backward pass. Returns [B, out_channels, H, W].
+        backward pass. `control`: what a ControlNet adds. Returns [B, out_channels, H, W].
         """
+        h, skips, run = self.way_down(x_t, t, text, text_mask, gradient_checkpointing)
+        if control is not None:
+            *more, middle = control
+            skips, h = [s + m for s, m in zip(skips, more, strict=True)], h + middle
+
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                h = run(level, i, torch.cat([h, skips.pop()], dim=1))
+            if hasattr(level, "upsamplers"):
+                # To the size of the skip it meets next: 6×6 → 12×11, not 12×12.
+                h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
+                h = level.upsamplers[0](h)
+
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def way_down(self, x_t, t, text, text_mask, gradient_checkpointing, picture=None):
+        """What the mid block gives, the skips, and how to run a layer on the way up."""
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         emb = self.time_embedding(t)  # [B, 1280]
         if self.config.text_dim is not None:
@@ -289,7 +309,7 @@ class UNet(nn.Module):
                 return checkpoint(level.layer, i, h, emb, text, text_mask, use_reentrant=False)
             return level.layer(i, h, emb, text, text_mask)
 
-        h = self.conv_in(x_t)
+        h = self.conv_in(x_t) if picture is None else self.conv_in(x_t) + picture
         skips = [h]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
@@ -300,23 +320,13 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = run(self.mid_block, 0, h)
-        h = run(self.mid_block, 1, h)
-
-        for level in self.up_blocks:
-            for i in range(len(level.resnets)):
-                h = run(level, i, torch.cat([h, skips.pop()], dim=1))
-            if hasattr(level, "upsamplers"):
-                # To the size of the skip it meets next: 6×6 → 12×11, not 12×12.
-                h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
-                h = level.upsamplers[0](h)
-
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return run(self.mid_block, 1, h), skips, run
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `diffusion_pytorch_model.safetensors`, as diffusers does."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(to_diffusers_config(self.config), indent=2)
+        config = json.dumps(to_diffusers_config(self.config) | self.more_config, indent=2)
         (folder / "config.json").write_text(config + "\n")
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
@@ -347,6 +357,56 @@ class UNet(nn.Module):
         if fresh:
             print(f"{folder}: freshly initialised: {', '.join(sorted(fresh))}")
         return model
+
+
+class ControlNet(UNet):
+    """A copy of a U-Net's way down that learns to make it follow a picture (Zhang et al., 2023).
+
+    Returns what is to be added to each of the U-Net's skips and to its middle. All of that comes
+    out of convolutions that begin as zeros: at first, it changes nothing. Names and folders are
+    those of diffusers' `ControlNetModel` (which leaves the text projection to its caller).
+    """
+
+    more_config = {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": 1,
+        "conditioning_embedding_out_channels": [16],
+    }
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        del self.up_blocks, self.conv_norm_out, self.conv_out
+
+        def zero(in_channels: int, out_channels: int, size: int = 1) -> nn.Conv2d:
+            conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+            return conv
+
+        widths = config.block_out_channels
+        skips = [widths[0]]
+        for width, level in zip(widths, self.down_blocks, strict=True):
+            skips += [width] * (len(level.resnets) + hasattr(level, "downsamplers"))
+        convs = {"conv_in": nn.Conv2d(1, 16, 3, padding=1), "conv_out": zero(16, widths[0], 3)}
+        self.controlnet_cond_embedding = nn.ModuleDict(convs)
+        self.controlnet_down_blocks = nn.ModuleList([zero(width, width) for width in skips])
+        self.controlnet_mid_block = zero(widths[-1], widths[-1])
+
+    @classmethod
+    def copy_of(cls, unet: UNet) -> "ControlNet":
+        controlnet = cls(unet.config)
+        controlnet.load_state_dict(unet.state_dict(), strict=False)
+        return controlnet
+
+    def forward(
+        self, picture: Tensor, x_t, t, text, text_mask=None, gradient_checkpointing=False
+    ) -> list[Tensor]:
+        """picture [B, 1, H, W]; the rest as for the U-Net."""
+        embedding = self.controlnet_cond_embedding
+        picture = embedding["conv_out"](F.silu(embedding["conv_in"](picture)))
+        h, skips, _ = self.way_down(x_t, t, text, text_mask, gradient_checkpointing, picture)
+        more = [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips, strict=True)]
+        return [*more, self.controlnet_mid_block(h)]
 
 
 def to_diffusers_config(config: UNetConfig) -> dict:
