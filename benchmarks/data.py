@@ -48,7 +48,7 @@ def write(folder: Path, clips: int) -> None:
         {"id": f"{i:011d}", "file": f"{i:011d}", "captions": ["a sound"], "labels": [f"{i % 527}"]}
         for i in range(clips)
     ]
-    encode_dataset(folder, RandomCodes(), rows, lambda row: silence, batch_size=512)
+    encode_dataset(folder, RandomCodes(), rows, lambda row: silence, batch_size=4)
 
 
 def repeat(folder: Path, out: Path, times: int) -> None:
