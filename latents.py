@@ -17,7 +17,7 @@ seen row by row as a picture of 128 channels, each brought to mean 0 and standar
 As in the papers, 16 kHz audio goes into the 24 kHz EnCodec without resampling, and what comes out
 is played at 16 kHz. Departures: height 24 and width 21, as in their code (the text says 21 × 24);
 codes are stored as uint16, a quarter of their 63 GB and lossless; and there is a second codec that
-needs no weights, a log-mel spectrogram with Griffin-Lim.
+needs no weights, a log-mel spectrogram, sharpened across its bands, with Griffin-Lim.
 
     python latents.py encode AUDIO_FOLDER TABLE --out FOLDER      (torchrun: a share for each rank)
     python latents.py check FOLDER
@@ -223,11 +223,14 @@ class MelCodec:
     0.8 dB off where there is sound (2.5 in the worst clip). Other n_fft and fmin are worse; 64
     rounds of Griffin-Lim instead of 32 gain 0.1 dB and take twice as long.
 
-    Latents are these dB sharpened across the bands. Written as cosines, cos(π·k·(band + ½)/64), the
-    spectra of scenes fall as 130 dB / (1 + k): loudness and slope are nearly all of the variance,
-    and the harmonics that make a tone a tone drown in the first bit of noise. The k-th cosine is
-    taken times (1 + k)^tilt; tilt ½ leaves it half of its fall (0: plain dB; 1: white, and then
-    loudness jitters). The mean over the bands, the loudness, stays what it is.
+    Latents are these dB sharpened across the bands, C orthonormal cosines, cos(π·k·(band + ½)/64):
+
+        z = C · diag((1 + k)^tilt) · Cᵀ · dB
+
+    Spectra of scenes fall as 130 dB / (1 + k): loudness and slope are nearly all of the variance,
+    and the harmonics that make a tone a tone drown in the first bit of noise. Tilt ½ leaves half of
+    that fall (0: plain dB; 1: white, and then loudness jitters); the mean over the bands, the
+    loudness, stays what it is.
     """
 
     name = "mel"
@@ -248,6 +251,7 @@ class MelCodec:
         self.mel, self.inverse = mel.to(device), torch.linalg.pinv(mel).to(device)  # [513, 64]
         cosines = AF.create_dct(self.channels, self.channels, "ortho")  # [band, k]
         gain = (1 + torch.arange(self.channels)) ** self.tilt
+        # z = C · diag(gain) · Cᵀ · dB, and back
         self.sharpen = (cosines * gain @ cosines.T).to(device)  # [64, 64]
         self.unsharpen = (cosines / gain @ cosines.T).to(device)
 
@@ -271,8 +275,11 @@ class MelCodec:
     @torch.no_grad()
     def dequantize(self, stored: Tensor) -> Tensor:
         """uint8 [B, 64, 504] -> sharpened dB, float32 of the same shape, on its device."""
-        decibel = stored.float() * ((self.top_db - self.floor_db) / 255) + self.floor_db
-        return self.sharpen.to(stored.device) @ decibel
+        return self.sharpen.to(stored.device) @ self.decibel(stored)
+
+    def decibel(self, stored: Tensor) -> Tensor:
+        """uint8 -> the level of each band in dB, float32 of the same shape."""
+        return stored.float() * ((self.top_db - self.floor_db) / 255) + self.floor_db
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -348,8 +355,7 @@ def loudness(codec: EncodecCodec | MelCodec, stored: Tensor) -> Tensor:
     """The loudness of each frame of stored clips, as a picture [B, 1, 24, 21]: what a ControlNet
     follows. 0 is −40 dB, 1 is −20 dB. Computed from what is stored, so any data set has it."""
     if codec.name == "mel":  # the level of each band: no need to make a wave of it
-        decibel = stored.float() * ((codec.top_db - codec.floor_db) / 255) + codec.floor_db
-        power = (10 ** (decibel / 10)).sum(1)  # [B, 504]
+        power = (10 ** (codec.decibel(stored) / 10)).sum(1)  # [B, 504]
     else:
         wave = codec.decode(codec.dequantize(stored))
         power = wave.unflatten(1, (FRAMES, HOP)).square().mean(2) + 1e-8

@@ -1,7 +1,7 @@
 """From a prompt to a sound: papers, section 4; P2 appendix E for image-to-image.
 
     x_T ~ N(0, I)                                               from (seed, number of the sample)
-    ε   = ε_θ(x_t, t, ∅) + s·(ε_θ(x_t, t, y) − ε_θ(x_t, t, ∅))  guidance, s = 6.5
+    ε   = ε_θ(x_t, t, ∅) + s·(ε_θ(x_t, t, y) − ε_θ(x_t, t, ∅))  guidance, s = 6.5 (the papers)
     x_0 = sampler(ε, x_T)                                       PNDM, 45 steps
     wave = decode(x_0·std + mean)                               10.08 s at 16 kHz
 

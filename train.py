@@ -15,7 +15,7 @@ that was killed goes on, from its newest checkpoint, as if nothing had happened.
 
 Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
 the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling; and for
-the tiny model x_0-prediction, a shifted noise schedule and AdamW's shorter memory.
+the tiny model x_0-prediction with v's loss, a shifted noise schedule and AdamW's shorter memory.
 
     RUN/model/          the result: what sample.py --model takes
     RUN/checkpoints/    the last two; start the same command again to go on
@@ -324,7 +324,7 @@ class Run:
         return torch.from_numpy(np.stack(noise))
 
     def loss(self, model, stored, captions, t, noise) -> Tensor:
-        """Squared error of what the network predicts, a sample: float32 [B]."""
+        """Squared error of what the network predicts (x_0's weighted), a sample: float32 [B]."""
         c, device = self.c, self.device
         x_0 = to_grid(self.stats.normalize(self.codec.dequantize(stored.to(device))))
         x_0 = x_0.contiguous(memory_format=torch.channels_last)  # [B, 128, 24, 21]

@@ -8,7 +8,7 @@ made of links to its shards. Then, on one thread, each in a process of its own:
     start       opening the data set; the same and all sampling weights          seconds
     memory      what reading adds to the process beside the map's pages, which the system may drop
 
-    python -m benchmarks.data                     100,000 and 2,000,000 clips; 0.8 GB, a few minutes
+    python -m benchmarks.data                     100,000 and 2,000,000 clips; 0.8 GB, a minute
     python -m benchmarks.data --clips 10000
 """
 

@@ -5,8 +5,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import string
+from html.parser import HTMLParser
+
 import pytest
 import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from latents import MelCodec
 
 torch.set_num_threads(2)
 
@@ -17,3 +23,41 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick_sounds():
+    """Two rounds of Griffin-Lim instead of 32, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MelCodec, "iterations", 2)
+        yield
+    torch.set_num_threads(threads)
+
+
+def save_bert(folder):
+    """A random text encoder, 32 wide, that knows letters."""
+    letters = [*string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained(folder)
+    BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}).save_pretrained(folder)
+
+
+class Tags(HTMLParser):
+    """The tags of a page, in order, with their attributes; each that is opened has to be closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag

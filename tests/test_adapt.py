@@ -4,7 +4,6 @@ The peft test needs `pip install peft`; it is what proves that others read our L
 """
 
 import json
-import string
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import save_bert
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_captions import KINDS, build
-from transformers import BertConfig, BertModel, BertTokenizer
 
 import sample
 from appendix import adapt
@@ -43,14 +42,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MelCodec, "iterations", 2)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_sounds")
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +50,7 @@ def root(tmp_path_factory):
     """A model folder, `model`, and two recordings with a table, `audio`."""
     root = tmp_path_factory.mktemp("adapt")
     torch.manual_seed(0)
-    letters = [*string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
-    BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained(root / "bert")
-    BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}).save_pretrained(root / "bert")
+    save_bert(root / "bert")
     UNet(UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 48, 32)).save_pretrained(
         root / "model" / "unet"
     )

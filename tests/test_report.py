@@ -4,11 +4,11 @@ import base64
 import io
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import Tags
 from matplotlib.image import imread
 
 from appendix import report
@@ -41,21 +41,6 @@ def make(folders, *options):
     arguments = [folders / "generated", folders / "reference", "--out", out, *options]
     report.main([*map(str, arguments)])
     return out.read_text()
-
-
-class Tags(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.found, self.open = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def test_page_is_complete_and_needs_no_network(folders):

@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import shutil
-import string
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,9 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import save_bert
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, BertTokenizer
 
 import diffusion
 import sample
@@ -34,14 +33,7 @@ CHANNELS = MelCodec.channels
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MelCodec, "iterations", 2)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_sounds")
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +41,7 @@ def folders(tmp_path_factory):
     """Random model folders that predict v and ε, with a random text encoder that knows letters."""
     root = tmp_path_factory.mktemp("folders")
     torch.manual_seed(0)
-    letters = [*string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
-    BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained(root / "bert")
-    BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}).save_pretrained(root / "bert")
+    save_bert(root / "bert")
     for prediction in ("v", "eps", "x0"):
         unet = UNet(UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 48, 32))
         for name, p in unet.named_parameters():
