@@ -1,14 +1,16 @@
-"""What the papers' training run would take on GPUs: arithmetic, nothing here is measured on a GPU.
+"""What the papers' training run would take on GPUs: arithmetic.
 
-operations   the matrix products and convolutions of one clip's forward pass, counted on the meta
-             device; a backward pass is two forward passes, gradient checkpointing one more
-step         operations / (peak × utilisation) + what of the gradients' exchange isn't hidden
-exchange     4 bytes a parameter around a ring: 2·(n − 1)/n times through each GPU's link,
-             beside the backward pass (half of the step), as DistributedDataParallel does it
-MFU          the operations without checkpointing's, over peak × time of a step
+Nothing here is measured on a GPU.
 
-python -m benchmarks.arithmetic                       utilisation 40 %, batch 192 a GPU
-python -m benchmarks.arithmetic --utilisation 0.3 --batch-size 48
+    operations   the matrix products and convolutions of one clip's forward pass, counted; a
+                 backward pass is two forward passes, gradient checkpointing one more
+    step         operations / (peak × utilisation) + what of the gradients' exchange isn't hidden
+    exchange     4 bytes a parameter around a ring: 2·(n − 1)/n times through each GPU's link,
+                 beside the backward pass (half of the step), as DistributedDataParallel does it
+    MFU          the operations without checkpointing's, over peak × time of a step
+
+    python -m benchmarks.arithmetic                       utilisation 40 %, batch 192 a GPU
+    python -m benchmarks.arithmetic --utilisation 0.3 --batch-size 48
 """
 
 import argparse
@@ -54,9 +56,7 @@ def main() -> None:
     print(f"{parameters:,} parameters, {forward / 1e9:.1f} GFLOP a clip and forward pass, "
           f"{passes} passes a clip; weights, gradients, two moments and EMA: "
           f"{5 * 4 * parameters / 2**30:.1f} GiB a GPU")  # fmt: skip
-    print(
-        f"\n| machine | global batch | step | exchange | MFU | clips a second | {STEPS:,} steps |"
-    )
+    print(f"\n| machine | batch | step | exchange | MFU | clips a second | {STEPS:,} steps |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (gpus, peak, link) in MACHINES.items():
         compute = passes * forward * args.batch_size / (peak * args.utilisation)
