@@ -77,6 +77,7 @@ class Model:
     prediction: str  # what the U-Net predicts: "eps", "v" or "x0"
     guidance: float  # the scale to use when nobody says
     device: torch.device
+    overlap: int = 0  # what latents.widen does before the U-Net
 
 
 def load_model(
@@ -99,7 +100,9 @@ def load_model(
         alphas_cumprod = diffusion.shifted(alphas_cumprod, about.get("schedule_shift", 1)).to(
             device
         )
-        guidance = float(about.get("guidance", 6.5))
+        guidance, overlap = float(about.get("guidance", 6.5)), int(about.get("overlap", 0))
+        if overlap < 0:
+            raise ValueError(f"overlap {overlap}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder}/model.json: damaged, or not of a model folder ({e!r})") from e
     encoder = TextEncoder(*text, device=device)
@@ -117,7 +120,8 @@ def load_model(
     if encoder.dim != (c.text_dim or c.cross_attention_dim):
         raise ValueError(f"{folder}: its U-Net is not for text states {encoder.dim} wide")
     unet.to(device, memory_format=torch.channels_last)
-    return Model(unet, encoder, codec, stats, alphas_cumprod, prediction, guidance, device)
+    about = alphas_cumprod, prediction, guidance, device, overlap
+    return Model(unet, encoder, codec, stats, *about)
 
 
 # ---- what appendix/adapt.py makes, added to a model ----------------------------------------------
@@ -172,7 +176,7 @@ def add_control(model: Model, folder: str | Path, wave: Tensor) -> None:
         raise ValueError(f"{folder}: the ControlNet of another U-Net")
     net.eval().to(model.device, memory_format=torch.channels_last)
     stored = model.codec.encode(latents.to_clips(wave).to(model.device))
-    picture = latents.loudness(model.codec, stored)  # [1, 1, 24, 21]
+    picture = latents.widen(latents.loudness(model.codec, stored), model.overlap)  # [1, 1, 24, 21]
 
     def controlled(x_t: Tensor, *rest) -> Tensor:
         return unet(x_t, *rest, control=net(picture.expand(len(x_t), -1, -1, -1), x_t, *rest))
@@ -294,8 +298,9 @@ def generate(
             bar.update()
             if watch is not None:
                 watch(t, latents.to_sequence(x_t[:n]))
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
-            return model.unet(x_t, t, text, mask).float()
+            x_t = latents.widen(x_t, model.overlap).contiguous(memory_format=torch.channels_last)
+            predicted = model.unet(x_t, t, text, mask)
+            return predicted[..., model.overlap : model.overlap + latents.GRID[1]].float()
 
         eps = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
         eps = diffusion.guided(eps, guidance, share)
