@@ -240,7 +240,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--amplify", nargs="+", metavar="CLASS", help="these instead of the rarest fifth")
     add("--factor", type=float, default=2.0, help="how much more often they are drawn [2]")
     add("--steps", type=int, default=300, help="of a tagger [300]")
-    add("--batch-size", type=int, default=32, help="[32]")
+    add("--batch-size", type=int, default=16, help="[16]")
     add("--lr", type=float, default=1e-3, help="peak [0.001]")
     args = parser.parse_args(arguments)
     generated.check_options(parser, args)

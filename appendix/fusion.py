@@ -84,7 +84,7 @@ class Config:
     width: int = 64  # of h
     steps: int = 400
     batch_size: int = 64
-    lr: float = 3e-3  # peak
+    lr: float = 1e-2  # peak; with 3e-3 attention was still on its way after these steps
     warmup_steps: int = 40
 
 
@@ -174,7 +174,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             add("--video", type=Path, required=True, help="features: folder of ID.npy, or an .npz")
             add("--scores", type=Path, required=True, help="records of captions.py entail")
         else:
-            add("--noise", type=float, default=6.0, help="std of a frame's; a class's looks: 1 [6]")
+            add("--noise", type=float, default=2.0, help="std of a frame's; a class's looks: 1 [2]")
         add("--tagger", type=Path, help="a taltrans: its states are what is heard [the latents]")
         add("--clips", type=int, help=f"the first so many [{3000 if tiny else 'all'}]")
         add("--out", type=Path, default=Path("runs/fusion"), help="folder [runs/fusion]")

@@ -193,7 +193,7 @@ def test_simulation_is_what_it_says():
 
 def test_the_discount_recovers_what_it_should(one_thread):
     clips, held_out = (simulated(heard_poorly(n, n), n, noise=2.0) for n in (600, 400))
-    c, result = Config(width=32, steps=150, warmup_steps=10), {}
+    c, result = Config(width=32, steps=150, warmup_steps=10, lr=3e-3), {}
     for mode, score in (
         ("audio", ""), ("attention", ""), ("concatenation", ""), ("discount", "relevance"),
         ("discount", "shuffled"),
