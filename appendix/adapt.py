@@ -109,6 +109,11 @@ def start_of(encoder: TextEncoder, words: str) -> Tensor:
     return encoder.table.weight[ids].float().mean(0)
 
 
+def word_of(label: str) -> str:
+    """The new word for a class: <dog> for Dog."""
+    return f"<{sample.safe_name(label)}>"
+
+
 class TextualInversion(Beside):
     def make_part(self) -> Vectors:
         starts = {word: start_of(self.encoder, old) for word, old in self.c.words.items()}
@@ -262,7 +267,7 @@ def prepare(args: argparse.Namespace) -> tuple[Config, type[Run]]:
         for row in rows:
             mine = {args.token: args.word}
             if args.each_label:
-                mine = {f"<{sample.safe_name(label)}>": label for label in row["labels"]}
+                mine = {word_of(label): label for label in row["labels"]}
             if not mine:
                 raise ValueError(f"--each-label: {row['file']} has no labels")
             words |= mine

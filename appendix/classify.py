@@ -26,6 +26,7 @@ The papers' AST starts from ImageNet's weights and 128 mel bands; this one from 
 import argparse
 import functools
 import json
+import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,13 +130,17 @@ class TALTrans(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.score, self.weight = nn.Linear(width, classes), nn.Linear(width, classes)
 
-    def classify(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, x: Tensor) -> Tensor:
+        """dB [B, frames, 64] -> what the transformer makes of it, [B, frames / 8, width]."""
         x = self.bn0(x.transpose(1, 2)[..., None]).permute(0, 3, 2, 1)  # [B, 1, T, 64]
         for i, block in enumerate(self.blocks):
             x = F.avg_pool2d(block(x), 2 if i < 3 else (1, 2))  # in time by 8: 80 ms a step
             x = F.dropout(x, 0.2, self.training)
         x = self.project(x.transpose(1, 2).flatten(2))  # [B, T / 8, width]
-        x = self.transformer(x + positions(*x.shape[1:], x))
+        return self.transformer(x + positions(*x.shape[1:], x))
+
+    def classify(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.states(x)
         # Each class listens where it is heard: a weighted mean of its scores over time.
         weights = self.weight(x).softmax(1)
         return x.mean(1), (weights * self.score(x)).sum(1)
@@ -225,28 +230,39 @@ def _ranked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return targets[order].double().cumsum(0)[last], total[last]
 
 
-@torch.no_grad()
-def test(
-    tagger: nn.Module, data: LatentDataset, labels: list[str], device, batch: int = 32
-) -> dict:
-    """mAP, AUC and AP by class on a stored data set; classes without a clip in it don't count."""
-    logits, codec = [], LogMelCodec()
-    indices = range(len(data))
-    for start in tqdm(range(0, len(data), batch), unit="batch", leave=False, desc="test"):
-        x = codec.dequantize(data.stored(indices[start : start + batch])).transpose(1, 2)
-        logits.append(tagger.eval().classify(x.to(device))[1].float().cpu())
-    logits, targets = torch.cat(logits), targets_of(data, indices, labels)
-    there = [i for i in range(len(labels)) if 0 < targets[:, i].sum() < len(data)]
+def scores_of(logits: Tensor, targets: Tensor, labels: list[str], name: object = "") -> dict:
+    """mAP, AUC and AP by class from [N, classes] each; classes without a clip don't count.
+    ValueError, which begins with `name`, if there is no class that does."""
+    there = [i for i in range(len(labels)) if 0 < targets[:, i].sum() < len(targets)]
     if not there:
-        raise ValueError(f"{data.folder}: none of the tagger's classes is in some of its clips")
+        raise ValueError(f"{name}: none of the tagger's classes is in some of its clips")
     ap = {labels[i]: average_precision(logits[:, i], targets[:, i]) for i in there}
     auc = [roc_auc(logits[:, i], targets[:, i]) for i in there]
     return {
         "mAP": float(np.mean([*ap.values()])),
         "AUC": float(np.mean(auc)),
-        "clips": len(data),
+        "clips": len(targets),
         "AP": ap,
     }
+
+
+def mean_and_std(values: list[float]) -> str:
+    """In per cent; the std is that of a sample (n − 1), as ± in the papers' tables."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+@torch.no_grad()
+def test(
+    tagger: nn.Module, data: LatentDataset, labels: list[str], device, batch: int = 32
+) -> dict:
+    """A tagger's `scores_of` a stored data set."""
+    logits, codec = [], LogMelCodec()
+    indices = range(len(data))
+    for start in tqdm(range(0, len(data), batch), unit="batch", leave=False, desc="test"):
+        x = codec.dequantize(data.stored(indices[start : start + batch])).transpose(1, 2)
+        logits.append(tagger.eval().classify(x.to(device))[1].float().cpu())
+    return scores_of(torch.cat(logits), targets_of(data, indices, labels), labels, data.folder)
 
 
 # ---- training ------------------------------------------------------------------------------------

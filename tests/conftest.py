@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import json
 import string
 from html.parser import HTMLParser
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from latents import MelCodec
+from latents import LatentStats, MelCodec
+from unet import UNet, UNetConfig
 
 torch.set_num_threads(2)
 
@@ -44,6 +46,20 @@ def save_bert(folder):
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
     BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained(folder)
     BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}).save_pretrained(folder)
+
+
+def save_model(folder):
+    """A random model folder: mel codec, v, and the text encoder of `save_bert` beside it."""
+    torch.manual_seed(0)
+    save_bert(folder.parent / "bert")
+    config = UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 48, 32)
+    UNet(config).save_pretrained(folder / "unet")
+    stats = LatentStats(torch.full((64,), -40.0).double(), torch.full((64,), 9.0).double(), 1)
+    stats.save(folder / "latent_stats.safetensors")
+    about = {"text_encoder": str(folder.parent / "bert"), "max_length": 32}
+    about |= {"mask": "cross-attention", "codec": MelCodec().settings(), "sample_rate": 16_000}
+    about |= {"schedule": "cosine", "prediction": "v", "trained_on": None}
+    (folder / "model.json").write_text(json.dumps(about))
 
 
 class Tags(HTMLParser):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import save_bert
+from conftest import save_model
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from test_captions import KINDS, build
 import sample
 from appendix import adapt
 from captions import TextEncoder
-from latents import CLIP_SAMPLES, FRAMES, LatentDataset, LatentStats, MelCodec, loudness
+from latents import CLIP_SAMPLES, FRAMES, LatentDataset, MelCodec, loudness
 from train import Run, train
 from unet import ControlNet, UNet, UNetConfig
 
@@ -49,18 +49,7 @@ pytestmark = pytest.mark.usefixtures("quick_sounds")
 def root(tmp_path_factory):
     """A model folder, `model`, and two recordings with a table, `audio`."""
     root = tmp_path_factory.mktemp("adapt")
-    torch.manual_seed(0)
-    save_bert(root / "bert")
-    UNet(UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 48, 32)).save_pretrained(
-        root / "model" / "unet"
-    )
-    stats = LatentStats(torch.full((64,), -40.0).double(), torch.full((64,), 9.0).double(), 1)
-    stats.save(root / "model" / "latent_stats.safetensors")
-    about = {"text_encoder": str(root / "bert"), "max_length": 32, "mask": "cross-attention"}
-    about |= {"codec": MelCodec().settings(), "sample_rate": 16_000, "schedule": "cosine"}
-    about |= {"prediction": "v", "trained_on": None}
-    (root / "model" / "model.json").write_text(json.dumps(about))
-
+    save_model(root / "model")
     (root / "audio").mkdir()
     for i, name in enumerate(("high.wav", "low.flac")):
         wave = np.sin(np.arange(24_000) * (0.3 - 0.2 * i)) * np.linspace(0, 0.8, 24_000)

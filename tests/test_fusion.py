@@ -1,0 +1,302 @@
+"""appendix/fusion.py: the discounted attention's mathematics, its inputs, and what it recovers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from appendix import fusion
+from appendix.audio_visual import Clips, read_audio, read_scores, read_video, simulated
+from appendix.classify import LogMelCodec, make_tagger, save_tagger
+from appendix.fusion import Config, Fusion, fit, measure
+from latents import LatentDataset, encode_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def inputs(b=5, seed=0):
+    """audio, video, there and s of b clips; the last frame of the second one is missing."""
+    generator = torch.Generator().manual_seed(seed)
+    audio, video = (torch.randn(b, *shape, generator=generator) for shape in ((6, 7), (4, 3)))
+    there = torch.ones(b, 4)
+    there[1, 3] = 0
+    return audio, video, there, torch.rand(b, generator=generator)
+
+
+def network(mode, seed=0):
+    torch.manual_seed(seed)
+    return Fusion(7, 3, 8, 16, mode)
+
+
+def same_weights(mode, other):
+    net = network(mode, seed=1)
+    net.load_state_dict(other.state_dict())
+    return net
+
+
+def test_the_discount_is_the_formula():
+    net, (audio, video, there, s) = network("discount"), inputs()
+    logits = net(audio, video, there, s)
+    for b in range(len(s)):
+        h = torch.cat([net.audio(audio[b]), net.video(video[b])])  # [T + F, width]
+        e = torch.tensor([1.0] * 6 + [s[b]] * 4)
+        if b == 1:
+            h, e = h[:-1], e[:-1]
+        weight = e[:, None] * net.weight(h).exp()  # e_i·exp(a_ki)
+        context = (weight / weight.sum(0)).T @ h  # c_k: [classes, width]
+        expected = (context * net.score.weight).sum(1) + net.score.bias
+        torch.testing.assert_close(logits[b], expected)
+    assert (logits - net(audio, video, there, s / 2)).abs().max() > 1e-3
+
+
+def test_entailment_0_is_the_audio_alone():
+    net, (audio, video, there, s) = network("discount"), inputs()
+    logits = net(audio, video, there, 0 * s)
+    assert torch.equal(logits, net(audio, 100 * torch.randn_like(video), there, 0 * s))
+    assert torch.equal(logits, same_weights("audio", net)(audio, video, there, s))
+    h = net.audio(audio)  # and that is attention pooling of the audio
+    expected = (net.weight(h).softmax(1) * net.score(h)).sum(1)
+    torch.testing.assert_close(logits, expected)
+    logits.square().sum().backward()
+    assert all((p.grad == 0).all() for p in net.video.parameters())
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert any((p.grad != 0).any() for p in net.audio.parameters())
+
+
+def test_entailment_1_is_attention_without_a_discount():
+    net, (audio, video, there, s) = network("discount"), inputs()
+    whole = net(audio, video, there, torch.ones_like(s))
+    assert torch.equal(whole, same_weights("attention", net)(audio, video, there, s))
+    assert (whole - net(audio, video, there, 0 * s)).abs().max() > 1e-3
+    pooled = same_weights("video", net)(audio, video, there, s)
+    h = net.video(video)[0]
+    expected = (net.weight(h).softmax(0) * net.score(h)).sum(0)
+    torch.testing.assert_close(pooled[0], expected)
+
+
+def test_the_odds_of_looking_are_discounted_by_the_score():
+    net, (audio, video, there, _) = network("discount"), inputs()
+
+    def odds(s):
+        alpha = net.attend(audio, video, there, torch.full((5,), s))[1]
+        torch.testing.assert_close(alpha.sum(1), torch.ones(5, 8))
+        return alpha[:, 6:].sum(1) / alpha[:, :6].sum(1)
+
+    for s in (0.01, 0.3, 0.9):
+        torch.testing.assert_close(odds(s), s * odds(1.0))
+
+
+def test_concatenation_pools_each_by_itself():
+    net, (audio, video, there, s) = network("concatenation"), inputs()
+    h, g = net.audio(audio), net.video(video)
+    c_audio = torch.einsum("btk,btw->bkw", net.weight(h).softmax(1), h)
+    c_video = torch.einsum("btk,btw->bkw", net.weight(g).softmax(1), g)
+    w = torch.cat([net.score.weight, net.score_video.weight], 1)  # [classes, 2·width]
+    expected = (torch.cat([c_audio, c_video], 2) * w).sum(2) + net.score.bias
+    logits = net(audio, video, there, s)
+    others = [0, 2, 3, 4]  # all frames are there
+    torch.testing.assert_close(logits[others], expected[others])
+    assert (logits[1] - expected[1]).abs().max() > 1e-4
+    assert torch.equal(logits, net(audio, video, there, 0 * s))  # whatever the score
+
+
+@pytest.mark.parametrize("mode", ["discount", "attention", "video", "concatenation"])
+def test_frames_that_are_not_there_change_nothing(mode):
+    net, (audio, video, there, s) = network(mode), inputs()
+    more = torch.cat([video, torch.full((5, 2, 3), 7.0)], 1)
+    longer = net(audio, more, torch.cat([there, torch.zeros(5, 2)], 1), s)
+    torch.testing.assert_close(longer, net(audio, video, there, s))
+
+
+# ---- what it reads -------------------------------------------------------------------------------
+
+
+def test_video_features_are_found_by_id(tmp_path):
+    arrays = {"a": np.arange(6).reshape(3, 2), "c": np.full((1, 2), 7, np.float16)}
+    for name, x in arrays.items():
+        np.save(tmp_path / f"{name}.npy", x)
+    np.savez(tmp_path / "table.npz", **arrays)
+    for source in (tmp_path, tmp_path / "table.npz"):
+        video, there, found = read_video(source, ["c", "b", "a"])
+        assert found.tolist() == [True, False, True]
+        assert there.tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1]]
+        assert video[2].tolist() == [[0, 1], [2, 3], [4, 5]]
+        assert video[0].tolist() == [[7, 7], [0, 0], [0, 0]] and not video[1].any()
+    for bad in (np.ones((2, 3)), np.ones(2), np.full((2, 2), np.nan), np.array([{}]), None):
+        np.save(tmp_path / "d.npy", bad)
+        with pytest.raises(ValueError, match=r": d can't be used"):
+            read_video(tmp_path, ["a", "d"])
+    (tmp_path / "d.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r": d can't be used"):
+        read_video(tmp_path, ["a", "d"])
+    with pytest.raises(ValueError, match="no array"):
+        read_video(tmp_path, ["x"])
+    for path in ("nowhere", "a.npy", "nowhere.npz"):
+        with pytest.raises((ValueError, OSError), match=path):
+            read_video(tmp_path / path, ["a"])
+
+
+def test_scores_are_those_of_captions(tmp_path, capsys):
+    lines = [
+        {"id": "a", "labels": ["x"], "entailment": {"llm": 0.4, "bert": -0.2}},
+        {"id": "b", "labels": ["x"], "entailment": {"llm": None, "bert": 0.9}},
+        {"id": "c", "labels": ["x"]},
+    ]
+    path = tmp_path / "run.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    scores = read_scores(path, ["b", "a", "c"])
+    assert scores.keys() == {"llm", "bert"}
+    torch.testing.assert_close(scores["llm"], torch.tensor([1.0, 0.4, 1.0]))
+    torch.testing.assert_close(scores["bert"], torch.tensor([0.9, 0.0, 1.0]))
+    assert "2 of 3 clips have no score llm" in capsys.readouterr().out
+    path.write_text(json.dumps(lines[2]))
+    with pytest.raises(ValueError, match="no record has"):
+        read_scores(path, ["c"])
+
+
+# ---- what it recovers ----------------------------------------------------------------------------
+
+
+def heard_poorly(n, seed):
+    """Clips of one to two of six classes, heard in much noise."""
+    rng, voices = np.random.default_rng(seed), np.random.default_rng(9).standard_normal((6, 12))
+    targets = torch.zeros(n, 6)
+    for row in targets:
+        row[torch.from_numpy(rng.choice(6, rng.integers(1, 3), replace=False))] = 1
+    audio = 3 * rng.standard_normal((n, 5, 12)) + (targets.numpy() @ voices)[:, None]
+    audio = torch.from_numpy(audio).float()
+    return Clips(audio, torch.zeros(n, 1, 1), torch.ones(n, 1), {}, targets)
+
+
+def test_simulation_is_what_it_says():
+    clips = simulated(heard_poorly(400, 0), seed=3, noise=0.0)
+    looks = np.random.default_rng(0).standard_normal((6, 32))
+    own = (clips.targets.numpy() @ looks)[:, None] - clips.video.numpy()
+    assert torch.equal(torch.from_numpy(np.abs(own).max((1, 2)) < 1e-5), clips.fits)
+    seen = np.linalg.lstsq(looks.T, clips.video[:, 0].numpy().T, rcond=None)[0].T.round()
+    assert not (seen * clips.targets.numpy())[~clips.fits].any()  # no label of the clip's own
+    assert 150 < clips.fits.sum() < 250
+    assert torch.equal(clips.scores["relevance"], clips.fits.float())
+    noisy, shuffled = clips.scores["noisy"], clips.scores["shuffled"]
+    assert torch.equal(noisy.sort().values, shuffled.sort().values)
+    r = [np.corrcoef(x, clips.fits)[0, 1] for x in (noisy, shuffled)]
+    assert r[0] > 0.6 and abs(r[1]) < 0.2
+    again = simulated(heard_poorly(400, 0), seed=3, noise=0.0)
+    other = simulated(heard_poorly(400, 0), seed=4, noise=0.0)
+    assert torch.equal(again.video, clips.video) and not torch.equal(other.fits, clips.fits)
+
+
+def test_the_discount_recovers_what_it_should(one_thread):
+    clips, held_out = (simulated(heard_poorly(n, n), n, noise=2.0) for n in (600, 400))
+    c, result = Config(width=32, steps=150, warmup_steps=10, lr=3e-3), {}
+    for mode, score in (
+        ("audio", ""), ("attention", ""), ("concatenation", ""), ("discount", "relevance"),
+        ("discount", "shuffled"),
+    ):  # fmt: skip
+        net = fit(mode, score, clips, c, 0, CPU)
+        result[score or mode] = measure(net, score, held_out, list("abcdef"), CPU)
+    fits, misfits = "mAP, video fits", "mAP, video doesn't fit"
+    best, heard = result["relevance"], result["audio"]
+    assert best[fits] > heard[fits] + 0.1  # a picture that fits helps,
+    assert best[misfits] > heard[misfits] - 0.1  # one that doesn't does no harm,
+    assert best["attention, doesn't fit"] == 0 and best["attention, fits"] > 0.2
+    for naive in ("attention", "concatenation", "shuffled"):  # as it does without the score
+        assert result[naive][misfits] < best[misfits] - 0.1
+        assert result[naive]["mAP"] < best["mAP"] - 0.03
+
+    again = measure(fit("attention", "", clips, c, 0, CPU), "", held_out, list("abcdef"), CPU)
+    assert again == result["attention"]
+    other = measure(fit("attention", "", clips, c, 1, CPU), "", held_out, list("abcdef"), CPU)
+    assert other != again
+
+
+# ---- end to end ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Log-mel features of 24 and 12 clips of three labels, features and scores of their videos."""
+    root, rng = tmp_path_factory.mktemp("fusion"), np.random.default_rng(0)
+    (root / "video").mkdir()
+    records = []
+    for split, n in (("train", 24), ("test", 12)):
+        rows = [{"id": f"{split}{i}", "file": "x", "captions": ["x"]} for i in range(n)]
+        rows = [row | {"labels": [f"class {i % 3}"]} for i, row in enumerate(rows)]
+        noise = torch.Generator().manual_seed(n)
+        load = lambda row: 0.1 * torch.randn(1, 161_280, generator=noise)  # noqa: B023, E731
+        encode_dataset(root / split, LogMelCodec(), rows, load)
+        for i, row in enumerate(rows):
+            np.save(root / "video" / f"{row['id']}.npy", rng.standard_normal((1 + i % 3, 4)))
+            records.append(row | {"entailment": {"llm": i / n, "t5": 0.5}})
+    (root / "run.jsonl").write_text("\n".join(map(json.dumps, records[1:])))
+    (root / "video" / "test3.npy").unlink()
+    torch.manual_seed(0)
+    save_tagger(root / "t.safetensors", make_tagger("taltrans", ["x"], 16), "taltrans", ["x"], 16)
+    save_tagger(root / "c.safetensors", make_tagger("cnn14", ["x"], 2), "cnn14", ["x"], 2)
+    return root
+
+
+def command(root, name, *options):
+    arguments = [name, root / "train", "--test", root / "test", "--steps", 3, "--batch-size", 8]
+    if name == "train":
+        arguments += ["--video", root / "video", "--scores", root / "run.jsonl"]
+    fusion.main([*map(str, [*arguments, "--seeds", 0, 1, "--device", "cpu", *options])])
+
+
+def test_train_prints_the_table_and_runs_nothing_twice(root, tmp_path, monkeypatch, capsys):
+    options = ("--tagger", root / "t.safetensors", "--out", tmp_path)
+    command(root, "train", *options)
+    printed = capsys.readouterr().out
+    assert "35 of 36 clips have video" in printed and "1 of 36 clips have no score" in printed
+    for row in ("audio", "video", "concatenation", "attention", "discount by llm", "by t5"):
+        assert f"{row} | " in printed
+    table = [line for line in printed.splitlines() if line.startswith("| ")]
+
+    monkeypatch.setattr(fusion, "fit", lambda *_: pytest.fail("run again"))
+    command(root, "train", *options)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("| ")] == table
+    with pytest.raises(SystemExit, match="width"):
+        command(root, "train", *options, "--width", 32)
+
+
+def test_simulate_says_that_it_is_one(root, tmp_path, capsys):
+    command(root, "simulate", "--out", tmp_path, "--clips", "20")
+    printed = capsys.readouterr().out
+    assert "20 clips, tested on 12" in printed and "A simulation" in printed
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert {"discount by relevance", "discount by shuffled"} < rows.keys()
+    assert rows["discount by relevance"]["0"]["attention, doesn't fit"] == 0
+
+
+def test_states_of_audio(root):
+    data = LatentDataset(root / "train")
+    clips = read_audio(data, 5, None, data.labels)
+    z = data.stats.normalize(LogMelCodec().dequantize(data.stored(range(5))))
+    block = z[2, :, 48:96]  # the second of 21 blocks of 48 frames
+    expected = torch.cat([block.mean(1), block.std(1)])
+    torch.testing.assert_close(clips.audio[2, 1], expected)
+    assert clips.audio.shape == (5, 21, 128) and clips.targets.sum(1).tolist() == [1] * 5
+
+
+def test_bad_input_is_one_line(root, tmp_path):
+    for options, word in (
+        (["--tagger", root / "c.safetensors"], "taltrans"),
+        (["--video", tmp_path / "nowhere"], "nowhere"),
+        (["--scores", tmp_path / "nowhere"], "nowhere"),
+    ):
+        with pytest.raises(SystemExit, match=word) as e:
+            command(root, "train", "--out", tmp_path, *options)
+        assert "\n" not in str(e.value.code)
+
+
+def test_help_teaches():
+    done = subprocess.run(
+        [sys.executable, "-m", "appendix.fusion", "--help"], capture_output=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and b"entailment" in done.stdout
