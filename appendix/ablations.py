@@ -18,7 +18,7 @@ The arms of an ablation differ in one thing. Clips, captions, t and noise of a s
 another architecture is compared, random weights; there both arms do. "scratch" is the arm that
 layout, text and codes have in common: trained once. Compute is equal in steps. A step is dearer for
 the picture, which has 64 times as many pixels: its U-Net, though narrower, takes 4 times as many
-multiplications, and on a CPU 6 times as long to train and 10 times as long to sample from.
+multiplications, and on a CPU core 6 times as long to train, 10 times as long to sample from.
 
 The warm start has been trained masked, and on the data's wording: it favours these arms.
 
@@ -56,7 +56,7 @@ import evaluate
 import latents
 import sample
 import train
-from diffusion import cosine_alphas_cumprod, shifted
+from diffusion import cosine_alphas_cumprod
 from latents import LatentDataset, LatentStats, MelCodec, read_json, to_grid, to_sequence
 from tiny import judge
 from tiny.compose import CLIPS, HERE, Recordings, draw_scenes
@@ -89,8 +89,7 @@ class SameNoise(Run):
 
     def loss(self, model, stored, captions, t, noise) -> Tensor:
         if model is self.ema:
-            cosine = shifted(cosine_alphas_cumprod(), self.c.schedule_shift)
-            t = nearest_noise(t, cosine, self.alphas_cumprod.cpu())
+            t = nearest_noise(t, cosine_alphas_cumprod(), self.alphas_cumprod.cpu())
         return super().loss(model, stored, captions, t, noise)
 
 
@@ -271,9 +270,9 @@ class Codes:
 
 
 class DiscreteCodes(Run):
-    """P2: "we attempted to directly learn the discrete codebook", and saw "nearly 0 decreases in
-    train loss". Their two latents were one EnCodec's; here the codes are of the mel frames that the
-    other arm learns, and have less in them: how much less is printed, and kept with them."""
+    """P2 began with the codes themselves and saw "nearly 0 decreases in train loss over time". Both
+    their latents were of one EnCodec. Here the codes are of the mel frames that the other arm
+    learns, and have a little less in them: how much less is printed, and kept with them."""
 
     def make_unet(self) -> UNet:
         if self.codec.name != "mel":
@@ -632,7 +631,7 @@ def run(args: argparse.Namespace) -> None:
     if args.name == "table":
         return print(table(args.out))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("torchrun: not for ablations; arms may run beside each other instead")
+        raise ValueError("torchrun: not for ablations, one process is enough")
     args.out.mkdir(parents=True, exist_ok=True)
     score = Judge(args.name, args) if args.classifier else None
     if args.name == "samplers":
