@@ -65,6 +65,17 @@ def to_sequence(x: Tensor) -> Tensor:
     return x.flatten(-2)
 
 
+def widen(x: Tensor, overlap: int) -> Tensor:
+    """[..., C, 24, 21] -> [..., C, 24, 21 + 2·overlap]: each row with the last frames of the row
+    before and the first of the row after it, zeros where there is none.
+
+    Not in the papers. Where a row ends the sound goes on, but in the grid the next frame is at the
+    other side, out of the convolutions' sight: harmonics break there.
+    """
+    frames = F.pad(to_sequence(x), (overlap, overlap))
+    return frames.unfold(-1, GRID[1] + 2 * overlap, GRID[1])
+
+
 @dataclass(frozen=True, eq=False)
 class LatentStats:
     """Mean and population std of each latent channel (float64 [C]), and how many values gave them.

@@ -41,7 +41,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +77,7 @@ class Model:
     prediction: str  # what the U-Net predicts: "eps", "v" or "x0"
     guidance: float  # the scale to use when nobody says
     device: torch.device
+    overlap: int = 0  # what latents.widen does before the U-Net
 
 
 def load_model(
@@ -100,12 +100,15 @@ def load_model(
         alphas_cumprod = diffusion.shifted(alphas_cumprod, about.get("schedule_shift", 1)).to(
             device
         )
-        guidance = float(about.get("guidance", 6.5))
+        guidance, overlap = float(about.get("guidance", 6.5)), int(about.get("overlap", 0))
+        if overlap < 0:
+            raise ValueError(f"overlap {overlap}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder}/model.json: damaged, or not of a model folder ({e!r})") from e
     encoder = TextEncoder(*text, device=device)
     codec = latents.load_codec(codec, device, encodec_weights)
-    unet = UNet.from_pretrained(folder / "unet").eval().requires_grad_(False)
+    # Its parameters require grad, or autocast would cast them to bf16 at every step anew.
+    unet = UNet.from_pretrained(folder / "unet").eval()
     stats = latents.LatentStats.load(folder / "latent_stats.safetensors")
 
     c, shapes = unet.config, [list(stats.mean.shape), list(stats.std.shape)]
@@ -117,7 +120,8 @@ def load_model(
     if encoder.dim != (c.text_dim or c.cross_attention_dim):
         raise ValueError(f"{folder}: its U-Net is not for text states {encoder.dim} wide")
     unet.to(device, memory_format=torch.channels_last)
-    return Model(unet, encoder, codec, stats, alphas_cumprod, prediction, guidance, device)
+    about = alphas_cumprod, prediction, guidance, device, overlap
+    return Model(unet, encoder, codec, stats, *about)
 
 
 # ---- what appendix/adapt.py makes, added to a model ----------------------------------------------
@@ -170,9 +174,9 @@ def add_control(model: Model, folder: str | Path, wave: Tensor) -> None:
     unet, net = model.unet, ControlNet.from_pretrained(folder)
     if net.config != unet.config:
         raise ValueError(f"{folder}: the ControlNet of another U-Net")
-    net.eval().requires_grad_(False).to(model.device, memory_format=torch.channels_last)
+    net.eval().to(model.device, memory_format=torch.channels_last)
     stored = model.codec.encode(latents.to_clips(wave).to(model.device))
-    picture = latents.loudness(model.codec, stored)  # [1, 1, 24, 21]
+    picture = latents.widen(latents.loudness(model.codec, stored), model.overlap)  # [1, 1, 24, 21]
 
     def controlled(x_t: Tensor, *rest) -> Tensor:
         return unet(x_t, *rest, control=net(picture.expand(len(x_t), -1, -1, -1), x_t, *rest))
@@ -294,10 +298,9 @@ def generate(
             bar.update()
             if watch is not None:
                 watch(t, latents.to_sequence(x_t[:n]))
-            autocast = torch.autocast(device.type, torch.bfloat16)
-            with autocast if precision == "bf16" else nullcontext():
-                x_t = x_t.contiguous(memory_format=torch.channels_last)
-                return model.unet(x_t, t, text, mask).float()
+            x_t = latents.widen(x_t, model.overlap).contiguous(memory_format=torch.channels_last)
+            predicted = model.unet(x_t, t, text, mask)
+            return predicted[..., model.overlap : model.overlap + latents.GRID[1]].float()
 
         eps = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
         eps = diffusion.guided(eps, guidance, share)
@@ -315,10 +318,12 @@ def generate(
             x = samplers[sampler](eps, x, alphas_cumprod, steps, timesteps=timesteps, **options)
             return torch.where(kept, known, x)  # the samplers end at ᾱ_0, not quite at 1
 
-        pieces = [denoise(x_init, kept, first, init_audio is not None and strength < 1)]
-        for _ in range(windows - 1):  # rows of the grid are time: a row is 0.42 s
-            known = F.pad(pieces[-1][..., -half:, :], (0, 0, 0, half))
-            pieces.append(denoise(known, first_half, timesteps, False)[..., half:, :])
+        # Around all steps, since autocast keeps the weights' bf16 copies until it ends.
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            pieces = [denoise(x_init, kept, first, init_audio is not None and strength < 1)]
+            for _ in range(windows - 1):  # rows of the grid are time: a row is 0.42 s
+                known = F.pad(pieces[-1][..., -half:, :], (0, 0, 0, half))
+                pieces.append(denoise(known, first_half, timesteps, False)[..., half:, :])
         z = latents.to_sequence(torch.cat(pieces, dim=2))  # [B, C, 504 + 252·(windows − 1)]
         waves.append(model.codec.decode(model.stats.denormalize(z)).float().cpu())
     bar.close()

@@ -15,7 +15,8 @@ that was killed goes on, from its newest checkpoint, as if nothing had happened.
 
 Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
 the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling; and for
-the tiny model x_0-prediction with v's loss, a shifted noise schedule and AdamW's shorter memory.
+the tiny model x_0-prediction with v's loss, a shifted noise schedule, rows of the grid that overlap
+and AdamW's shorter memory.
 
     RUN/model/          the result: what sample.py --model takes
     RUN/checkpoints/    the last two; start the same command again to go on
@@ -63,6 +64,7 @@ from latents import (
     save_audio,
     to_grid,
     to_sequence,
+    widen,
     write_aside,
 )
 from unet import UNet, UNetConfig, load_config
@@ -95,6 +97,7 @@ class Config:
     prediction: Literal[diffusion.PREDICTIONS] = "x0"  # what the U-Net predicts; the papers: eps
     schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
     schedule_shift: Positive = 0.3  # its signal-to-noise ratio times shift²; the papers: 1
+    overlap: NotNegative = 2  # frames of its neighbours that a row of the grid is shown with
     # The optimisation
     steps: Count = 10_000  # length of the run; the learning rate follows it: it can't change later
     batch_size: Count = 8  # clips a rank and forward pass
@@ -138,6 +141,7 @@ PRESETS = {
         cross_attention_dim=768,
         prediction="eps",
         schedule_shift=1.0,
+        overlap=0,
         steps=60_000,
         batch_size=192,
         lr=2.56e-4,
@@ -327,7 +331,6 @@ class Run:
         """Squared error of what the network predicts (x_0's weighted), a sample: float32 [B]."""
         c, device = self.c, self.device
         x_0 = to_grid(self.stats.normalize(self.codec.dequantize(stored.to(device))))
-        x_0 = x_0.contiguous(memory_format=torch.channels_last)  # [B, 128, 24, 21]
         t, noise = t.to(device), noise.to(device)
         x_t = diffusion.add_noise(x_0, noise, t, self.alphas_cumprod)
         target = {"eps": noise, "x0": x_0}.get(c.prediction)
@@ -335,19 +338,21 @@ class Run:
             target = diffusion.velocity(x_0, noise, t, self.alphas_cumprod)
         text, text_mask = self.encoder(captions)
         text = text.float()  # on CUDA the encoder gives bf16
-        with self.autocast():
-            predicted = model(x_t, t, text, text_mask, c.gradient_checkpointing)
-        losses = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        predicted = self.network(model, x_t, t, text, text_mask, c.gradient_checkpointing)
+        losses = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
         if c.prediction == "x0":
             # v's error is x_0's over √(1−ᾱ_t): the loss of v, whose weight is 1 + SNR, but no more
             # than 5, or clips with hardly any noise outweigh the rest (Hang et al. 2023).
             losses = losses / (1 - self.alphas_cumprod[t]).clamp(min=0.2).to(losses)
         return losses
 
-    def autocast(self):
-        if self.c.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def network(self, model, x_t: Tensor, *rest) -> Tensor:
+        """What `model` predicts for x_t [B, 128, 24, 21], float32 of the same shape."""
+        overlap = self.c.overlap
+        x_t = widen(x_t, overlap).contiguous(memory_format=torch.channels_last)
+        bf16 = self.c.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return model(x_t, *rest)[..., overlap : overlap + GRID[1]].float()
 
     def train_step(self, batches: list) -> dict:
         """One step of AdamW on this step's batches (one for each --accumulate)."""
@@ -422,8 +427,7 @@ class Run:
         x_T = self.noise([np.random.default_rng((self.c.seed, 4))]).to(self.device)
 
         def network(x_t: Tensor, t: int) -> Tensor:
-            with self.autocast():
-                return self.ema(x_t, t, text, mask).float()
+            return self.network(self.ema, x_t, t, text, mask)
 
         eps = diffusion.predicts_eps(network, self.c.prediction, self.alphas_cumprod)
         eps = diffusion.guided(eps, self.c.guidance)
@@ -484,6 +488,7 @@ class Run:
             "sample_rate": SAMPLE_RATE,
             "schedule": c.schedule,
             "schedule_shift": c.schedule_shift,
+            "overlap": c.overlap,
             "prediction": c.prediction,
             "guidance": c.guidance,
             "trained_on": {

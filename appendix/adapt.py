@@ -187,6 +187,7 @@ class Control(Beside):
 
     def loss(self, model, stored, captions, t, noise) -> Tensor:
         picture = latents.loudness(self.codec, stored.to(self.device))  # [B, 1, 24, 21]
+        picture = latents.widen(picture, self.c.overlap)
 
         def controlled(*batch) -> Tensor:
             return self.base(*batch, control=model(picture, *batch))
@@ -240,8 +241,9 @@ def prepare(args: argparse.Namespace) -> tuple[Config, type[Run]]:
     if not path.is_file():
         raise FileNotFoundError(f"{args.model}: not a model folder (no model.json)")
     names = ("text_encoder", "max_length", "mask", "prediction", "schedule")
-    about = {"schedule_shift": 1.0, "guidance": 6.5} | latents.read_json(path, *names, "codec")
-    options = {name: about[name] for name in (*names, "schedule_shift", "guidance")}
+    older = {"schedule_shift": 1.0, "overlap": 0, "guidance": 6.5}
+    about = older | latents.read_json(path, *names, "codec")
+    options = {name: about[name] for name in (*names, *older)}
     names = ("method", "steps", "batch_size", "lr", "seed", "precision", "checkpoint_every")
     options |= {name: getattr(args, name) for name in names}
     options |= {"warmup_steps": args.steps // 20, "validate_every": args.checkpoint_every}

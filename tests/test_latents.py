@@ -36,6 +36,7 @@ from latents import (
     to_clips,
     to_grid,
     to_sequence,
+    widen,
 )
 
 ROOT = pathlib.Path(latents.__file__).parent
@@ -61,6 +62,15 @@ def test_every_frame_has_its_place():
             assert torch.equal(x[:, :, row, col], z[:, :, 21 * row + col])
     assert torch.equal(to_sequence(x), z)
     assert to_grid(z[0]).shape == (3, 24, 21)
+
+
+def test_a_row_with_its_neighbours():
+    z = 1 + torch.arange(2 * 3 * FRAMES).view(2, 3, FRAMES)
+    assert torch.equal(widen(to_grid(z), 0), to_grid(z))
+    x = widen(to_grid(z), 2)
+    assert x.shape == (2, 3, 24, 25) and torch.equal(x[..., 2:-2], to_grid(z))
+    assert torch.equal(x[..., 7, :], z[..., 7 * 21 - 2 : 8 * 21 + 2])
+    assert not x[..., 0, :2].any() and not x[..., 23, -2:].any()
 
 
 def test_statistics_of_parts_are_those_of_the_whole(tmp_path):

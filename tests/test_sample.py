@@ -202,6 +202,18 @@ def test_what_the_network_is_called_with(model):
     assert torch.equal(text, model.encoder(["loud"] * 3 + prompts)[0])
 
 
+def test_rows_are_shown_with_their_neighbours(model):
+    network = Recorder()
+    wide = replace(as_latents(model), unet=network, overlap=3)
+    generate(wide, ["dog"], steps=3)
+    x_t = network.calls[0][0]
+    assert x_t.shape == (2, CHANNELS, 24, 27)
+    assert torch.equal(x_t[:, :, 1:, :6], x_t[:, :, :-1, -6:])
+    each_frame_alone = replace(wide, unet=lambda x_t, *_: x_t.tanh())
+    without = replace(each_frame_alone, overlap=0)
+    assert torch.equal(generate(each_frame_alone, ["dog"]), generate(without, ["dog"]))
+
+
 def test_noise_depends_on_seed_and_number_alone(model):
     def noise(prompts, **settings):
         network = Recorder()
@@ -788,6 +800,7 @@ def spoil_stats(folder, channels):
 
 SPOILED = {
     "shift": (lambda f: edit(f, schedule_shift="a lot"), "model.json: damaged"),
+    "overlap": (lambda f: edit(f, overlap=-1), "model.json: damaged"),
     "no folder": (shutil.rmtree, "not a model folder"),
     "no model.json": (lambda f: (f / "model.json").unlink(), "not a model folder"),
     "no unet": (lambda f: shutil.rmtree(f / "unet"), "no U-Net there"),

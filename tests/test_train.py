@@ -220,12 +220,12 @@ def test_ranks_and_parts_share_one_global_batch(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prediction, schedule, shift",
-    [("v", "cosine", 0.2), ("eps", "scaled-linear", 1.0), ("x0", "cosine", 0.5)],
+    "prediction, schedule, shift, overlap",
+    [("v", "cosine", 0.2, 0), ("eps", "scaled-linear", 1.0, 1), ("x0", "cosine", 0.5, 3)],
 )
-def test_the_first_step_by_hand(prediction, schedule, shift, small, tmp_path):
+def test_the_first_step_by_hand(prediction, schedule, shift, overlap, small, tmp_path):
     options = ["--prediction", prediction, "--schedule", schedule, "--caption-dropout", "0.5"]
-    options += ["--schedule-shift", str(shift)]
+    options += ["--schedule-shift", str(shift), "--overlap", str(overlap)]
     c = parse_args([*small, *options, "--out", str(tmp_path), "--steps", "1", "--clip", "0.1"])
     run = Run(c)
     reference = UNet(run.unet.config)  # in the ordinary memory format
@@ -250,7 +250,12 @@ def test_the_first_step_by_hand(prediction, schedule, shift, small, tmp_path):
     a = alphas_cumprod[t].float()[:, None, None, None]
     x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
     target = {"eps": noise, "v": a.sqrt() * noise - (1 - a).sqrt() * x_0, "x0": x_0}[prediction]
-    losses = (reference(x_t, t, *run.encoder(captions)) - target).square().mean((1, 2, 3))
+    edge = torch.zeros(*x_t.shape[:2], overlap)
+    frames = torch.cat([edge, x_t.flatten(2), edge], dim=2)
+    rows = [frames[..., 21 * row : 21 * row + 21 + 2 * overlap] for row in range(24)]
+    predicted = reference(torch.stack(rows, 2), t, *run.encoder(captions))
+    predicted = predicted[..., overlap : overlap + 21]
+    losses = (predicted - target).square().mean((1, 2, 3))
     if prediction == "x0":
         losses = losses / (1 - alphas_cumprod[t]).float().clamp(min=0.2)
     loss = losses.mean()
@@ -672,6 +677,7 @@ def test_the_model_folder(whole, small):
         "sample_rate": 16_000,
         "schedule": "cosine",
         "schedule_shift": Config().schedule_shift,
+        "overlap": Config().overlap,
         "prediction": Config().prediction,
         "guidance": Config().guidance,
         "trained_on": {"data": "data", "clips": 20, "steps": 8, "global_batch": 4, "init": None},
@@ -774,6 +780,7 @@ def test_the_papers_values():
     c = PRESETS["paper"]
     assert (c.lr, c.steps, c.warmup_steps, c.batch_size) == (2.56e-4, 60_000, 1000, 192)
     assert (c.schedule, c.schedule_shift) == ("cosine", 1.0)  # without a shift
+    assert c.overlap == 0  # 24 × 21
     assert (c.prediction, c.clip, c.guidance) == ("eps", 1.0, 6.5)
     assert (c.text_encoder, c.max_length, c.mask) == ("t5-large", 50, "none")
     unet = UNetConfig()

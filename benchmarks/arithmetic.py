@@ -1,0 +1,72 @@
+"""What the papers' training run would take on GPUs: arithmetic.
+
+Nothing here is measured on a GPU.
+
+    operations   the matrix products and convolutions of one clip's forward pass, counted; a
+                 backward pass is two forward passes, gradient checkpointing one more
+    step         operations / (peak × utilisation) + what of the gradients' exchange isn't hidden
+    exchange     4 bytes a parameter around a ring: 2·(n − 1)/n times through each GPU's link,
+                 beside the backward pass (half of the step), as DistributedDataParallel does it
+    MFU          the operations without checkpointing's, over peak × time of a step
+
+    python -m benchmarks.arithmetic                       utilisation 40 %, batch 192 a GPU
+    python -m benchmarks.arithmetic --utilisation 0.3 --batch-size 48
+"""
+
+import argparse
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from latents import GRID
+from unet import UNet, UNetConfig
+
+STEPS, TOKENS = 60_000, 50
+MACHINES = {  # GPUs, dense bf16 FLOP/s of one, bytes/s between two GPUs in one direction
+    "8 × A100 (NVLink)": (8, 312e12, 300e9),
+    "8 × H100 (NVLink)": (8, 989e12, 450e9),
+    "4 nodes of 8 × A100 (200 Gbit/s each GPU)": (32, 312e12, 25e9),
+    "4 nodes of 8 × H100 (400 Gbit/s each GPU)": (32, 989e12, 50e9),
+    "4 nodes of 8 × A100 (100 Gbit/s a node)": (32, 312e12, 12.5e9 / 8),
+}
+
+
+def forward_flops(unet: UNet) -> int:
+    """Of one clip, 24 × 21 and TOKENS tokens of text; 2 for a multiplication and addition."""
+    x = torch.empty(1, unet.config.in_channels, *GRID, device="meta")
+    text = torch.empty(1, TOKENS, unet.config.text_dim, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, 1, text)
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--batch-size", type=int, default=192, help="clips a GPU [192]")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak [0.4]")
+    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                        default=True, help="[on]")  # fmt: skip
+    args = parser.parse_args()
+    with torch.device("meta"):
+        unet = UNet(UNetConfig())
+    parameters = sum(p.numel() for p in unet.parameters())
+    forward = forward_flops(unet)
+    passes = 4 if args.gradient_checkpointing else 3
+    print(f"{parameters:,} parameters, {forward / 1e9:.1f} GFLOP a clip and forward pass, "
+          f"{passes} passes a clip; weights, gradients, two moments and EMA: "
+          f"{5 * 4 * parameters / 2**30:.1f} GiB a GPU")  # fmt: skip
+    print(f"\n| machine | batch | step | exchange | MFU | clips a second | {STEPS:,} steps |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, (gpus, peak, link) in MACHINES.items():
+        compute = passes * forward * args.batch_size / (peak * args.utilisation)
+        exchange = 4 * parameters * 2 * (gpus - 1) / gpus / link
+        step = compute + max(0.0, exchange - compute / 2)
+        mfu = 3 * forward * args.batch_size / (peak * step)
+        clips = gpus * args.batch_size
+        print(f"| {name} | {clips:,} | {step:.2f} s | {exchange:.2f} s | {mfu:.0%} | "
+              f"{clips / step:,.0f} | {STEPS * step / 86400:.2f} days |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

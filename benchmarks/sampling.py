@@ -1,0 +1,157 @@
+"""How long a clip takes at full width, here and with diffusers.
+
+The papers' network (861,022,528 parameters, random: their values don't matter to speed), a text of
+50 tokens of T5-large's width, PNDM, guidance 6.5. In turn, on the same weights, noise and threads:
+
+    diffusers, float32        Stable Diffusion's pipeline loop: UNet2DConditionModel, PNDMScheduler
+    diffusers, bf16           the same at its best on a CPU: autocast, channels-last
+    here, float32 and bf16    sample.generate, from the text's states to the latent
+
+The final latents are compared, and the matrix products of one step are counted and set against what
+this machine does in one large product.
+
+    python -m benchmarks.sampling                     45 steps, 3 rounds: half an hour on 2 cores
+    python -m benchmarks.sampling --steps 10 --rounds 5 --only bf16
+"""
+
+import argparse
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+from diffusers import PNDMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffusion
+import sample
+from latents import GRID, LatentStats
+from unet import UNet, UNetConfig, to_diffusers_config
+
+GUIDANCE, TOKENS = 6.5, 50
+
+
+class Given:
+    """A text encoder for states that are there already."""
+
+    def __init__(self, states: Tensor):
+        self.states = states  # [2, L, D]: of the empty text, of the prompt
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, None]:
+        return self.states, None
+
+
+def ours(unet: UNet, states: Tensor, steps: int, precision: str) -> Tensor:
+    channels = unet.config.in_channels
+    model = sample.Model(
+        unet=unet,
+        encoder=Given(states),
+        codec=SimpleNamespace(channels=channels, decode=lambda z: z),
+        stats=LatentStats(torch.zeros(channels), torch.ones(channels)),
+        alphas_cumprod=diffusion.cosine_alphas_cumprod(),
+        prediction="eps",
+        guidance=GUIDANCE,
+        device=torch.device("cpu"),
+    )
+    return sample.generate(model, [""], steps=steps, precision=precision)
+
+
+@torch.no_grad()
+def theirs(unet: UNet2DConditionModel, states: Tensor, steps: int, bf16: bool) -> Tensor:
+    """The loop of diffusers' StableDiffusionPipeline, guidance as it does it."""
+    a = diffusion.cosine_alphas_cumprod()
+    betas = 1 - a / torch.cat([torch.ones(1, dtype=a.dtype), a[:-1]])
+    scheduler = PNDMScheduler(
+        trained_betas=betas.numpy(), skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(steps)
+    size = (1, unet.config.in_channels, *GRID)
+    x = torch.randn(size[1:], generator=sample.noise_generators(0, [0])[0])[None]
+    for t in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(torch.cat([x] * 2), t)
+        if bf16:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            eps = unet(inputs, t, encoder_hidden_states=states, return_dict=False)[0].float()
+        eps_null, eps_text = eps.chunk(2)
+        eps = eps_null + GUIDANCE * (eps_text - eps_null)
+        x = scheduler.step(eps, t, x, return_dict=False)[0]
+    return x.flatten(2)  # 24 × 21 row by row: 504 frames
+
+
+def flops_of_a_step(states: Tensor) -> int:
+    """Of all matrix products and convolutions of the network's two calls in one."""
+    with torch.device("meta"):
+        unet = UNet(UNetConfig())
+        x = torch.empty(2, unet.config.in_channels, *GRID)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, 1, states.to("meta"))
+    return counter.get_total_flops()
+
+
+def peak_flops(dtype: torch.dtype, size: int = 4096) -> float:
+    """A second, in the best of ten products of two square matrices."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
+
+
+def main() -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--steps", type=int, default=45, help="denoising steps [45]")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is run [3]")
+    parser.add_argument("--only", default="", help="those with this in their name [all]")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    states = torch.randn(2, TOKENS, 1024)
+    flops = flops_of_a_step(states)
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        peak = peak_flops(dtype)
+        print(f"{name}: {peak / 1e9:.0f} GFLOP/s in a matrix product; a step's {flops / 1e9:.0f} "
+              f"GFLOP take {flops / peak:.2f} s at that")  # fmt: skip
+
+    with torch.device("meta"):
+        peer = UNet2DConditionModel.from_config(to_diffusers_config(UNetConfig()))
+    unet = UNet(UNetConfig()).eval()
+    unet.to(memory_format=torch.channels_last)
+    peer.load_state_dict(unet.state_dict(), assign=True)  # the same tensors: memory for one
+    peer.eval()
+    plain = UNet2DConditionModel.from_config(to_diffusers_config(UNetConfig()))
+    plain.load_state_dict(unet.state_dict())  # a copy, in the layout that diffusers' users have
+    plain.eval()
+
+    runs = {
+        "diffusers, float32": lambda: theirs(plain, states, args.steps, False),
+        "diffusers, bf16": lambda: theirs(peer, states, args.steps, True),
+        "here, float32": lambda: ours(unet, states, args.steps, "fp32"),
+        "here, bf16": lambda: ours(unet, states, args.steps, "bf16"),
+    }
+    runs = {name: run for name, run in runs.items() if args.only in name}
+    times, latents = {name: [] for name in runs}, {}
+    for number in range(args.rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            latents[name] = run()
+            times[name].append(time.perf_counter() - started)
+            print(f"round {number + 1}: {name} {times[name][-1]:.1f} s", flush=True)
+
+    first = next(iter(runs))
+    print(f"\n{args.steps} steps, {torch.get_num_threads()} threads; ratios to '{first}', round by "
+          "round: median (lowest to highest)\n")  # fmt: skip
+    for name in runs:
+        ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
+        ratio = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+        error = ((latents[name] - latents[first]).norm() / latents[first].norm()).item()
+        print(f"{name:20}{statistics.median(times[name]):7.1f} s   {ratio}   latent differs by "
+              f"{error:.1e}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

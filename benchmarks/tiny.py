@@ -1,0 +1,126 @@
+"""What `python sample.py "dog barking"` costs, where the time goes, and how it grows.
+
+cold      the command itself, from a process that isn't there yet: seconds, peak memory
+parts     imports, loading, one clip: text encoder, U-Net, phase reconstruction
+steps     a clip's time against denoising steps: should be linear
+batch     time a clip and memory against prompts in a batch: should fall
+ranks     training steps a second at one global batch, on 1 and 2 ranks of torchrun
+
+python -m benchmarks.tiny                   all of them, five minutes on 2 CPU cores
+python -m benchmarks.tiny cold parts
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*arguments: str) -> tuple[float, float, float]:
+    """Wall and CPU seconds and peak memory in GiB of `python …`."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"error: python {' '.join(arguments)} failed")
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def cold() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [command("sample.py", "dog barking", "--out", folder) for _ in range(6)][1:]
+    seconds, cpu, memory = (sorted(column) for column in zip(*runs, strict=True))
+    spread = f"{seconds[0]:.1f} to {seconds[-1]:.1f} in 5"
+    print(f"cold start: {statistics.median(seconds):.1f} s ({spread}), "
+          f"{statistics.median(cpu):.1f} s of CPU, {memory[-1]:.2f} GiB")  # fmt: skip
+
+
+def parts() -> None:
+    code = """
+import time; start = time.perf_counter()
+def lap(name):
+    global start
+    print(f"  {name:22}{time.perf_counter() - start:6.2f} s"); start = time.perf_counter()
+import torch; lap("import torch")
+import sample; lap("import sample")
+from transformers import AutoModel, AutoTokenizer; lap("import transformers")
+model = sample.load_model(); lap("load the model folder")
+states = model.encoder(["", "dog barking"]); lap("encode the text")
+decode = model.codec.decode
+model.codec.decode = lambda z: (lap("U-Net, 46 calls"), decode(z))[1]
+sample.generate(model, ["dog barking"]); lap("phases (Griffin-Lim)")
+"""
+    print("parts:", flush=True)
+    command("-c", code)
+
+
+def measure_here(function) -> float:
+    function()
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def steps() -> None:
+    import sample
+
+    model = sample.load_model()
+    model.codec.decode = lambda z: z[:, 0]  # only the U-Net
+    print("steps: " + ", ".join(
+        f"{n}: {measure_here(lambda n=n: sample.generate(model, ['dog'], steps=n)):.2f} s"
+        for n in (10, 20, 45, 90)
+    ))  # fmt: skip
+
+
+def batch() -> None:
+    code = """
+import resource, sys, time, sample
+n, model = int(sys.argv[1]), sample.load_model()
+sample.generate(model, ["dog"] * n, steps=2, batch_size=n)
+start = time.perf_counter()
+sample.generate(model, ["dog"] * n, batch_size=n)
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(f"batch {n:3}: {(time.perf_counter() - start) / n:6.2f} s a clip, {memory:.2f} GiB")
+"""
+    for n in (1, 2, 4, 8, 16, 32):
+        command("-c", code, str(n))
+
+
+def ranks() -> None:
+    for n in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            command(
+                *f"-m torch.distributed.run --nproc_per_node {n} train.py --out {folder}/run "
+                f"--steps 40 --batch-size {8 // n} --sample-every 0 --val-clips 8".split()
+            )
+            lines = Path(folder, "run", "log.jsonl").read_text().splitlines()
+        rate = statistics.median(json.loads(line)["samples_per_second"] for line in lines[5:-1])
+        memory = json.loads(lines[-1])["memory_gib"]
+        print(f"ranks {n}: {rate:.1f} clips a second at a global batch of 8, {memory:.2f} GiB each")
+
+
+def main() -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    choices = {f.__name__: f for f in (cold, parts, steps, batch, ranks)}
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(choices)} [all]")
+    args = parser.parse_args()
+    for name in args.what or choices:
+        if name not in choices:
+            parser.error(f"{name!r}: expected some of {', '.join(choices)}")
+        choices[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""How long a training step takes and what memory it needs, here and with diffusers.
+
+The peer is the loop of diffusers' own example (train_text_to_image.py, with --use_ema and mixed
+precision): UNet2DConditionModel, DDPMScheduler.add_noise, torch's AdamW as it comes, EMAModel. Both
+get the same data set, text states, weights, captions, t and noise, and autocast to bf16; the losses
+of their first steps must agree. Each runs in a process of its own, so that peak memory is its own.
+
+    python -m benchmarks.training                       the tiny preset's network, batch 8
+    python -m benchmarks.training --preset paper --batch-size 2 --steps 3 --rounds 2
+    python -m benchmarks.training --gradient-checkpointing      both with it
+
+At full width (861,022,528 parameters with gradients, AdamW's two moments and EMA) it takes 20 GB.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from encodec import EncodecModel
+from transformers import BertConfig, BertModel, BertTokenizer
+
+import train
+from benchmarks.data import RandomCodes
+from latents import CLIP_SAMPLES, EncodecCodec, MelCodec, encode_dataset
+from unet import to_diffusers_config
+
+
+class Example(train.Run):
+    """diffusers' training example, on the batches of our loop."""
+
+    def __init__(self, c: train.Config):
+        super().__init__(c)
+        self.unet.to(memory_format=torch.contiguous_format)
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), c.lr, (0.9, c.beta2), weight_decay=c.weight_decay
+        )
+        self.ema = EMAModel(self.unet.parameters(), decay=c.ema_decay)
+        a = self.alphas_cumprod
+        betas = 1 - a / torch.cat([torch.ones(1, dtype=a.dtype), a[:-1]])
+        self.scheduler = DDPMScheduler(trained_betas=betas.numpy())
+
+    def make_unet(self) -> UNet2DConditionModel:
+        ours = super().make_unet()
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(to_diffusers_config(ours.config))
+        unet.load_state_dict(ours.state_dict(), assign=True)
+        if self.c.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
+
+    def train_step(self, batches: list) -> dict:
+        ((_, captions, stored, t, noise),) = batches
+        latents = self.stats.normalize(self.codec.dequantize(stored))
+        latents = latents.unflatten(2, (24, 21))
+        noisy = self.scheduler.add_noise(latents, noise, t)
+        states, _ = self.encoder(captions)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = self.unet(noisy, t, states, return_dict=False)[0]
+        loss = F.mse_loss(predicted.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.c.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.unet.parameters())
+        return {"loss": loss.item()}
+
+
+def prepare(folder: Path, preset: str, clips: int) -> train.Config:
+    """Random recordings, codec and text encoder of the preset's kind, and the run on them."""
+    paper = preset == "paper"
+    torch.manual_seed(0)
+    weights = folder / Path(EncodecCodec.url).name
+    torch.save(EncodecModel.encodec_model_24khz(pretrained=False).state_dict(), weights)
+    codec = MelCodec()
+    if paper:
+        codec = RandomCodes()
+        codec.settings = EncodecCodec(weights).settings
+    rows = [
+        {"id": f"{i}", "file": f"{i}", "captions": [f"sound {i}"], "labels": ["sound"]}
+        for i in range(clips)
+    ]
+    encode_dataset(
+        folder / "data", codec, rows, lambda row: 0.1 * torch.randn(1, CLIP_SAMPLES), batch_size=4
+    )
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sound", *map(str, range(clips))]
+    sizes = {"hidden_size": 1024 if paper else 384, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": len(pieces)}
+    BertModel(BertConfig(**sizes)).save_pretrained(folder / "text")
+    BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}).save_pretrained(folder / "text")
+    return replace(
+        train.PRESETS[preset],
+        data=str(folder / "data"),
+        encodec_weights=str(weights),
+        text_encoder=str(folder / "text"),
+        mask="none",
+        prediction="eps",
+        schedule_shift=1.0,
+        balanced=False,
+        val_clips=1,
+        gradient_checkpointing=False,
+    )
+
+
+def measure(kind: type[train.Run], c: train.Config, steps: int) -> dict:
+    run = kind(c)
+    times, losses = [], []
+    for step in range(steps + 1):
+        batches = [run.batch(step, 0)]  # in a thread beside the step, in a real run
+        started = time.perf_counter()
+        losses.append(run.train_step(batches)["loss"])
+        times.append(time.perf_counter() - started)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": statistics.median(times[1:]), "GiB": memory, "loss": losses[0]}
+
+
+def main() -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--preset", choices=train.PRESETS, default="tiny", help="[tiny]")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips a step [8]")
+    parser.add_argument("--steps", type=int, default=20, help="after the first, a round [20]")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is run [3]")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    args = parser.parse_args()
+    kinds = {"diffusers": Example, "here": train.Run}
+    results = {name: [] for name in kinds}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        c = prepare(Path(folder), args.preset, clips=2 * args.batch_size + 1)
+        c = replace(
+            c,
+            batch_size=args.batch_size,
+            gradient_checkpointing=args.gradient_checkpointing,
+            out=folder,
+        )
+        for number in range(args.rounds):
+            for name, kind in kinds.items():
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    results[name].append(pool.submit(measure, kind, c, args.steps).result())
+                r = results[name][-1]
+                print(f"round {number + 1}: {name:10} {r['seconds']:.3f} s a step, {r['GiB']:.2f} "
+                      f"GiB, first loss {r['loss']:.6f}", flush=True)  # fmt: skip
+    theirs, ours = results.values()
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(theirs, ours, strict=True)]
+    print(f"\n{args.preset}, batch {args.batch_size}, {torch.get_num_threads()} threads: "
+          f"{statistics.median(ratios):.2f}x as fast as diffusers ({min(ratios):.2f} to "
+          f"{max(ratios):.2f}), {ours[0]['GiB'] / theirs[0]['GiB']:.2f} of its memory")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
