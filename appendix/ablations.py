@@ -381,7 +381,7 @@ ARMS = {
     "all-layers": Arm(NewEnds),
     "frozen-first": Arm(NewEnds, frozen=5_000 / 60_000),  # as many of the steps as the papers'
     "scratch": Arm(warm=False),
-    "picture": Arm(Picture, warm=False),
+    "picture": Arm(Picture, {"overlap": 0}, warm=False),  # it has no rows that end
     "concatenated": Arm(Concatenated, warm=False),
     "codes": Arm(DiscreteCodes, warm=False),
     "labels": Arm(OtherCaptions, {"captions": "labels"}),
@@ -407,8 +407,9 @@ def configure(name: str, arm: Arm, seed: int, steps: int, args) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{args.model}: not a model folder (no model.json)")
     names = ("text_encoder", "max_length", "mask", "prediction", "schedule")
-    options = {"schedule_shift": 1.0, "guidance": 6.5} | read_json(path, *names)
-    options = {key: options[key] for key in (*names, "schedule_shift", "guidance")}
+    older = {"schedule_shift": 1.0, "overlap": 0, "guidance": 6.5}
+    options = older | read_json(path, *names)
+    options = {key: options[key] for key in (*names, *older)}
     unet = load_config(args.model)
     names = ("block_out_channels", "attention", "layers_per_block", "num_heads")
     options |= {key: getattr(unet, key) for key in (*names, "cross_attention_dim")}
@@ -512,8 +513,9 @@ def trained(c: Config, kind: type[Run]) -> sample.Model:
     """The model of a finished run, whatever its network and its codec."""
     run = kind(c)
     run.ema.load_state_dict(load_weights(Path(c.out) / "model" / "unet"))
-    parts = run.ema.eval(), run.encoder, run.codec, run.stats, run.alphas_cumprod
-    return sample.Model(*parts, c.prediction, c.guidance, run.device)
+    unet = run.ema.eval().requires_grad_(True)  # as in sample.load_model
+    parts = unet, run.encoder, run.codec, run.stats, run.alphas_cumprod
+    return sample.Model(*parts, c.prediction, c.guidance, run.device, c.overlap)
 
 
 # ---- the command ---------------------------------------------------------------------------------

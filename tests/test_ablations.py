@@ -178,6 +178,7 @@ def test_the_picture_network_sees_one_channel(begin, monkeypatch):
     run = begin("picture")
     config = run.unet.config
     assert (config.in_channels, config.out_channels) == (1, 1)
+    assert run.c.overlap == 0 and begin("scratch").c.overlap == train.Config().overlap > 0
     x_t, t, text = torch.randn(1, 64, 24, 21), torch.tensor([500]), torch.randn(1, 16, 32)
     plain = UNet(config)
     plain.load_state_dict(run.unet.state_dict())
