@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from latents import LatentStats, MelCodec
+from latents import CLIP_SAMPLES, LatentStats, MelCodec, encode_dataset
 from unet import UNet, UNetConfig
 
 torch.set_num_threads(2)
@@ -60,6 +60,41 @@ def save_model(folder):
     about |= {"mask": "cross-attention", "codec": MelCodec().settings(), "sample_rate": 16_000}
     about |= {"schedule": "cosine", "prediction": "v", "trained_on": None}
     (folder / "model.json").write_text(json.dumps(about))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """The arguments of a small run of train.py (without --out): data, text encoder and sizes."""
+    folder = tmp_path_factory.mktemp("small")
+
+    # 24 clips: sawtooths of 8 pitches at 3 levels; 18 are "low", 6 are "high".
+    rows = []
+    for i in range(24):
+        label = "low" if i % 8 < 6 else "high"
+        captions = [f"a {label} tone", f"tone number {i % 8}"]
+        row = {"id": f"tone-{i}", "file": f"{i}.wav", "captions": captions, "labels": [label]}
+        rows.append(row)
+
+    def load_clips(row):
+        i = int(row["id"].removeprefix("tone-"))
+        phase = 110 * 2 ** (i % 8 * 0.7) / 16_000 * torch.arange(CLIP_SAMPLES)
+        return (phase % 1 - 0.5)[None] * 0.8 / (1 + i // 8)
+
+    encode_dataset(folder / "data", MelCodec(), rows, load_clips, shard_rows=10, batch_size=8)
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.digits, *string.ascii_lowercase]
+    pieces += ["##" + letter for letter in string.digits + string.ascii_lowercase]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "vocab_size": len(pieces), "max_position_embeddings": 32}
+    BertModel(BertConfig(**sizes)).save_pretrained(folder / "bert")
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder / "bert")
+
+    options = f"--data {folder}/data --text-encoder {folder}/bert --max-length 16 "
+    options += "--block-out-channels 32,32 --attention 0,1 --num-heads 2 --cross-attention-dim 24 "
+    options += "--batch-size 4 --warmup-steps 2 --lr 1e-3 --precision fp32 --device cpu "
+    return (options + "--val-clips 4 --sample-every 0").split()
 
 
 class Tags(HTMLParser):
