@@ -109,6 +109,7 @@ class Config:
     clip: Positive = 1.0  # largest norm of the gradient
     ema_decay: Share = 0.9999  # of the averaged weights; less at the start of a run
     caption_dropout: Share = 0.1  # share of clips trained without a caption
+    noisy_share: Share = 0.0  # share of clips whose t is drawn from the noisiest quarter
     balanced: bool = True  # draw clips so that labels come up equally often
     frozen_steps: NotNegative = 0  # until then only conv_in, conv_out, text projection train (B.4)
     precision: Literal["bf16", "fp32"] = "bf16"  # of autocast
@@ -199,6 +200,8 @@ def draw(step: int, place: int, captions: list[str], shape: tuple, c: Config):
     if rng.random() < c.caption_dropout:
         caption = ""
     t = int(rng.integers(1000))
+    if c.noisy_share and rng.random() < c.noisy_share:
+        t = int(rng.integers(750, 1000))  # only the text says what is to be heard
     return caption, t, rng.standard_normal(shape, dtype=np.float32)
 
 

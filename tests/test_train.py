@@ -186,6 +186,13 @@ def test_draw_depends_on_seed_step_and_place_only():
         assert (noise(*a) != noise(*b)).all(), (a, b)
 
 
+def test_more_of_the_noisiest_quarter():
+    c = replace(Config(), noisy_share=0.5)
+    t = np.array([draw(step, 0, ["a"], (1,), c)[1] for step in range(4000)])
+    expected = [0.125] * 3 + [0.625]
+    assert np.histogram(t, 4, (0, 1000))[0] / len(t) == pytest.approx(expected, abs=0.03)
+
+
 def test_draw_is_uniform_and_drops_captions():
     c = Config(caption_dropout=0.1)
     drawn = [draw(i // 50, i % 50, ["one", "two", "three"], (4,), c) for i in range(12_000)]
