@@ -308,6 +308,8 @@ class TextEncoder:
         if any(encoding.overflowing for encoding in batch.encodings):  # Python shows it only once
             warnings.warn(f"captions of more than {self.max_length} tokens are cut", stacklevel=3)
 
+        if not self.words and batch["input_ids"].max() >= self.table.num_embeddings:
+            raise ValueError(f"text encoder {self.name}: its tokenizer is that of another model")
         mask = batch["attention_mask"].bool()  # [rows, L]
         # Ones mean unmasked in every model; None would leave it to the model.
         inside = mask if self.mask in ("encoder", "both") else torch.ones_like(mask)

@@ -10,7 +10,8 @@ in the output folder.
     python -m tests.fuzz --inputs 2000
     python -m tests.fuzz --only 731            that input again, with the traceback of its finding
 
-An input is a function of its number (and --seed), so that a finding can be looked at by itself.
+An input is a function of its number (and --seed), so that a finding can be looked at by itself. In
+front of them each file is once replaced by nothing, by 100,000 brackets, and by such a pickle.
 """
 
 import argparse
@@ -492,34 +493,48 @@ def limits():
         os.chdir(here)
 
 
-def fuzz(root: Path, numbers: list[int], seed: int = 0) -> tuple[dict, dict[int, str]]:
-    """Read inputs of these numbers: how each target's ended, and what was found, by number."""
-    targets, results, findings = make_targets(root / "good"), {}, {}
-    names, folder = list(targets), root / "now"
+def inputs(targets: dict[str, Target], numbers: list[int], seed: int):
+    """(what it is, target, file, its content) of all that is to be read."""
+    for name, target in targets.items():
+        for file in target.damaged or target.files:
+            yield "good", name, file, target.files[file]
+    for name, target in targets.items():
+        for file in target.damaged or target.files:
+            yield "empty", name, file, b""
+            yield "nested", name, file, b"[" * 10**5
+            yield "a bomb", name, file, bomb(random.Random(f"{seed} {name} {file}"))
+    for i in numbers:
+        rng = random.Random(f"{seed} {i}")
+        name = list(targets)[i % len(targets)]
+        file = rng.choice(targets[name].damaged or sorted(targets[name].files))
+        yield f"input {i}", name, file, mutate(file, targets[name].files[file], rng)
+
+
+def fuzz(root: Path, numbers: list[int], seed: int = 0) -> tuple[dict, list[str]]:
+    """Read good files, the worst, and inputs of these numbers: how those of each target ended, with
+    the seconds that they took; and what was found."""
+    targets, results, findings = make_targets(root / "good"), {}, []
+    folder = root / "now"
     with limits():
-        for i in [None, *numbers]:  # None: first of all, good files of every target are read
-            for name in names if i is None else names[i % len(names) :][:1]:
-                target, rng = targets[name], random.Random(f"{seed} {i}")
-                os.chdir(root)
-                shutil.rmtree(folder, ignore_errors=True)
-                (folder / "out").mkdir(parents=True)
-                os.chdir(folder)
-                damaged = rng.choice(target.damaged or sorted(target.files))
-                for file, data in target.files.items():
-                    path = Path("in", file)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    mutated = i is not None and file == damaged
-                    path.write_bytes(mutate(file, data, rng) if mutated else data)
-                begun = time.perf_counter()
-                kind, message = outcome(target, damaged)
-                if i is None:
-                    assert kind == "read", f"{name}: good files give {message}"
-                    continue
-                counts, seconds = results.setdefault(name, (Counter(), []))
-                counts[kind] += 1
-                seconds.append(time.perf_counter() - begun)
-                if kind == "finding":
-                    findings[i] = f"input {i}, {name}, {damaged}:\n{message}"
+        for what, name, damaged, content in inputs(targets, numbers, seed):
+            os.chdir(root)
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "out").mkdir(parents=True)
+            os.chdir(folder)
+            for file, data in targets[name].files.items():
+                path = Path("in", file)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content if file == damaged else data)
+            begun = time.perf_counter()
+            kind, message = outcome(targets[name], damaged)
+            if what == "good":
+                assert kind == "read", f"{name}: the good {damaged} gives {message}"
+                continue
+            counts, seconds = results.setdefault(name, (Counter(), []))
+            counts[kind] += 1
+            seconds.append(time.perf_counter() - begun)
+            if kind == "finding":
+                findings.append(f"{what}, {name}, {damaged}:\n{message}")
     return results, findings
 
 
@@ -532,9 +547,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        numbers = args.only or list(range(args.inputs))
+        numbers = list(range(args.inputs)) if args.only is None else args.only
         results, findings = fuzz(Path(folder).resolve(), numbers, args.seed)
-    print(*findings.values(), sep="\n")
+    print(*findings, sep="\n")
     print(f"{'target':20}{'read':>8}{'refused':>9}{'findings':>10}{'slowest s':>11}")
     for name, (counts, seconds) in results.items():
         row = f"{counts['read']:>8}{counts['refused']:>9}{counts['finding']:>10}"
