@@ -734,7 +734,7 @@ class LatentDataset:
                 file.seek(self._offsets[i])
                 record = json.loads(file.readline())
                 captions = record["captions"]
-                if not captions or not all(isinstance(x, str) for x in captions):
+                if type(captions) is not list or {type(text) for text in captions} != {str}:
                     raise ValueError("no captions")
                 return record
             except (ValueError, LookupError, TypeError, RecursionError, OSError) as e:

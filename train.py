@@ -473,7 +473,7 @@ class Run:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as e:  # the latter: PyTorch's words for a full disk
+        except (OSError, RuntimeError) as e:  # a full disk; PyTorch has its own words for some
             aside.unlink(missing_ok=True)
             raise OSError(f"{path}: not written ({str(e).splitlines()[0]})") from e
         aside.rename(path)
@@ -546,7 +546,9 @@ def load_newest(run: Run) -> None:
         model, old = run.out / "model", run.out / "model.old"
         if old.exists() and not model.exists():  # killed between two renames of save_model
             old.rename(model)
-        for torn in [*run.out.rglob("*.tmp"), old]:
+        torn_files = [".log.jsonl.*.tmp", "samples/.step-*.tmp", "checkpoints/step-*.tmp"]
+        torn_files = [path for pattern in torn_files for path in run.out.glob(pattern)]
+        for torn in [*torn_files, run.out / "model.tmp", old]:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink(missing_ok=True)
 
     run.on_rank_0(tidy)

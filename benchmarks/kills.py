@@ -120,6 +120,7 @@ def start(job: Job, out: Path) -> int:
     if pid := os.fork():
         return pid
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     output = os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -144,11 +145,15 @@ def start(job: Job, out: Path) -> int:
 
 def wait(pid: int, until: Callable[[], bool]) -> int | None:
     """The exit status of a process that ends by itself, or None as soon as `until()`."""
-    while not until():
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
+    try:
+        while not until():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.001)
+    except BaseException:  # Ctrl-C, say: nothing is left running
+        kill(pid)
+        raise
     return None
 
 
@@ -244,7 +249,7 @@ def run(job: Job, folder: Path, kills: int, seed: int) -> dict:
 
 def make_jobs(folder: Path, kills: int, ranks: list[int]) -> list[Job]:
     """Sounds, tables and networks; as much work as so many kills need."""
-    rng, n = np.random.default_rng(0), 6 * kills + 12
+    rng, n = np.random.default_rng(0), 6 * kills + 6
     (folder / "sounds").mkdir()
     for i in range(n):
         soundfile.write(folder / f"sounds/{i}.wav", rng.uniform(-0.5, 0.5, 4000), 16_000)
@@ -272,7 +277,7 @@ def make_jobs(folder: Path, kills: int, ranks: list[int]) -> list[Job]:
     text += "--repeats 1 --score llm --shots 1 --batch-size 2 --device cpu".split()
     text = Job("captions", captions.main, text, "run.jsonl", (), compare_captions)
 
-    options = f"--steps {6 * kills + 12} --frozen-steps {3 * kills} --checkpoint-every 3 "
+    options = f"--steps {6 * kills + 6} --frozen-steps {3 * kills} --checkpoint-every 3 "
     options += f"--validate-every 20 --sample-every 0 --text-encoder {folder}/bert --max-length 16 "
     options += "--block-out-channels 32,32 --attention 0,1 --num-heads 2 --cross-attention-dim 24 "
     options += "--val-clips 2 --warmup-steps 2 --precision fp32 --device cpu --batch-size 2"
@@ -295,6 +300,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as tidily as by Ctrl-C
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         jobs = make_jobs(Path(folder), args.kills, args.ranks)
