@@ -776,7 +776,7 @@ def test_torchrun_killed_with_sigkill(ranks, small, tmp_path):
     command += ["--nproc_per_node", "2", "train.py", *small, *THIRTY, "--batch-size", "2"]
     command += ["--out", str(out)]
     log = out / "log.jsonl"
-    for steps, victims in ((8, "all"), (13, "rank 1"), (17, "torchrun")):
+    for steps, victims in ((6, "all"), (13, "rank 1"), (20, "torchrun")):
         with open(tmp_path / "output", "w") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
