@@ -308,6 +308,8 @@ class TextEncoder:
         if any(encoding.overflowing for encoding in batch.encodings):  # Python shows it only once
             warnings.warn(f"captions of more than {self.max_length} tokens are cut", stacklevel=3)
 
+        if not self.words and batch["input_ids"].max() >= self.table.num_embeddings:
+            raise ValueError(f"text encoder {self.name}: its tokenizer is that of another model")
         mask = batch["attention_mask"].bool()  # [rows, L]
         # Ones mean unmasked in every model; None would leave it to the model.
         inside = mask if self.mask in ("encoder", "both") else torch.ones_like(mask)
@@ -362,8 +364,10 @@ def _load(what, name, device, dtype=None):
     if source.endswith(".gguf"):
         source, options["gguf_file"] = str(Path(source).parent), Path(source).name
     try:
-        kind = transformers.AutoConfig.from_pretrained(source, **options).model_type
-        kind = CLASSES.get(what) or CLASSES.get(kind, "AutoModel")
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        if (getattr(config.get_text_config(), "num_hidden_layers", 0) or 0) > 999:
+            raise ValueError("more than 999 layers")  # which would take hours to set up
+        kind = CLASSES.get(what) or CLASSES.get(config.model_type, "AutoModel")
         model, info = getattr(transformers, kind).from_pretrained(
             source,
             dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32),
@@ -492,6 +496,12 @@ class FrameDescriber:
 # ---- AudioSet's tables ---------------------------------------------------------------------------
 
 
+# What earlier steps may have left in a record
+KINDS = {"history": list, "frames": list, "frame_captions": list, "entailment": dict}
+KINDS |= dict.fromkeys(("audio_caption", "visual_caption"), str) | {"merged_caption": str | None}
+KINDS |= dict.fromkeys(("start", "end"), int | float | None)
+
+
 def read_records(table: str | Path, class_labels: str | Path = "") -> Iterator[dict]:
     """A table -> records with id, file, labels and (seconds) start and end, one after the other.
 
@@ -501,11 +511,15 @@ def read_records(table: str | Path, class_labels: str | Path = "") -> Iterator[d
     """
     names = {}
     if class_labels:
-        with open(class_labels, encoding="utf-8-sig", newline="") as file:
-            names = {row.get("mid"): row.get("display_name") for row in csv.DictReader(file)}
-    with open(table, encoding="utf-8-sig") as file:
+        try:
+            with open(class_labels, encoding="utf-8-sig", newline="") as file:
+                names = {row.get("mid"): row.get("display_name") for row in csv.DictReader(file)}
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise ValueError(f"{class_labels}: can't be read as a table ({e})") from e
+    with open(table, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             try:
+                line.encode()  # no UTF-8? Then this names the line
                 if Path(table).suffix == ".jsonl":
                     record = json.loads(line)
                 elif line.startswith("#") or not line.strip():
@@ -519,7 +533,12 @@ def read_records(table: str | Path, class_labels: str | Path = "") -> Iterator[d
                 record["id"] = str(record.get("id") or record["file"])
                 if not record["labels"] or record["labels"] != [*map(str, record["labels"])]:
                     raise ValueError("no list of labels")
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                for key, kind in KINDS.items():
+                    if key in record and not isinstance(record[key], kind):
+                        raise ValueError(f"{key} is {record[key]!r:.40}")
+                json.dumps(record, ensure_ascii=False).encode()  # no half of a \ud83d\udc36 either
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
+                    csv.Error) as e:  # fmt: skip
                 expected = "YTID, start, end, labels, or JSON with id (or file) and labels"
                 raise ValueError(f"{table}, line {number}: {e}; expected {expected}") from e
             yield record
@@ -531,8 +550,8 @@ def read_ontology(path: str) -> dict[str, str]:
     try:
         nodes = json.loads(Path(path).read_bytes()) if path else []
         return {node["name"]: node["description"] for node in nodes}
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: not AudioSet's ontology.json ({e!r})") from e
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path}: not AudioSet's ontology.json ({e!r:.80})") from e
 
 
 # ---- the steps -----------------------------------------------------------------------------------
@@ -799,6 +818,8 @@ def gate(records, p):
             if p.score not in record.get("entailment", {}):
                 raise ValueError(f"{record['id']}: no {p.score} score; filter needs entail's")
             score = record["entailment"][p.score]
+            if not isinstance(score, int | float | None):
+                raise ValueError(f"{record['id']}: a score of {score!r:.40}")
             passes = score is not None and score >= p.threshold
             verdict = f"{p.score} {score} {'passes' if passes else 'fails'} {p.threshold}"
             caption = caption if passes else template(record)
@@ -856,7 +877,9 @@ def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int
     now = json.dumps(asdict(p) | {"table": str(table), "records": count}, indent=1)
     if settings.exists() and settings.read_text() != now:
         raise ValueError(f"{path}: begun with other settings ({settings.name}); use a new --out")
-    settings.write_text(now)
+    aside = settings.with_suffix(".tmp")  # whole or not at all: a torn one would fit no command
+    aside.write_text(now)
+    aside.replace(settings)
 
     size, batches = p.batch_size, math.ceil(count / p.batch_size)
     first = batches * rank // ranks * size  # this rank's share begins here, and ends there

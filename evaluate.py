@@ -639,8 +639,8 @@ def caption_of(path: Path) -> str:
     """The prompt that sample.py leaves in a WAV's comment."""
     try:
         with soundfile.SoundFile(path) as file:
-            return json.loads(file.comment)["prompt"]
-    except (soundfile.LibsndfileError, ValueError, KeyError, TypeError) as e:
+            return str(json.loads(file.comment)["prompt"])
+    except (soundfile.LibsndfileError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: no prompt in it; CLAP needs captions: give --table") from e
 
 

@@ -119,6 +119,8 @@ class LatentStats:
         return x * std + mean
 
     def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mean.numel() != z.shape[1]:
+            raise ValueError(f"statistics of {self.mean.numel()} channels, latents of {z.shape[1]}")
         shape = (-1,) + (1,) * (z.dim() - 2)
         std = self.std.clamp(min=1e-4)  # a channel that never changes must not give 0 / 0
         return self.mean.to(z).view(shape), std.to(z).view(shape)
@@ -136,9 +138,14 @@ class LatentStats:
         """Read what `save` wrote. FileNotFoundError, or ValueError for any other file."""
         try:
             tensors = safetensors.torch.load_file(path)
-            return cls(tensors["mean"], tensors["std"], int(tensors.get("count", 0)))
-        except (safetensors.SafetensorError, KeyError) as e:
-            raise ValueError(f"{path}: not a file of latent statistics ({e})") from e
+            mean, std = tensors["mean"].double(), tensors["std"].double()
+            if not (mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()):
+                raise ValueError("numbers that are no mean and std")
+            return cls(mean, std, int(tensors.get("count", 0)))
+        except OSError:
+            raise
+        except Exception as e:  # of many types: safetensors', torch's, Python's
+            raise ValueError(f"{path}: not a file of latent statistics ({e!r:.120})") from e
 
 
 # ---------------------------------------------------------------------------------- codecs
@@ -380,7 +387,7 @@ def read_audio(path: str | Path, seconds: float | None = None) -> tuple[Tensor, 
     """Any file that libsndfile reads -> float32 [samples, channels], and its sample rate in Hz.
 
     `seconds`: read little more than that. FileNotFoundError; ValueError for a file that is no
-    audio, is empty, has NaN or infinite samples or a rate outside 1,000 to 768,000 Hz.
+    audio, is empty, has NaN, infinite or absurd samples or a rate outside 1,000 to 768,000 Hz.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -394,8 +401,8 @@ def read_audio(path: str | Path, seconds: float | None = None) -> tuple[Tensor, 
         raise ValueError(f"{path}: can't be read as audio ({e})") from e
     if len(samples) == 0:
         raise ValueError(f"{path}: empty, there are no samples")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: has NaN or infinite samples")
+    if not -1e15 < samples.min() <= samples.max() < 1e15:  # false for NaN, too
+        raise ValueError(f"{path}: has samples that are NaN, infinite or above 1e15")
     if not 1_000 <= rate <= 768_000:
         raise ValueError(f"{path}: {rate} samples a second; expected 1,000 to 768,000")
     return torch.from_numpy(samples), rate
@@ -454,7 +461,8 @@ def save_audio(path: str | Path, wave: Tensor, comment: str | None = None) -> No
 
 
 def write_aside(path: str | Path, data: bytes, tag: str | None = None) -> None:
-    """A whole file or none: written to .NAME.TAG.tmp beside it, flushed to the disk, renamed."""
+    """A whole file or none: written to .NAME.TAG.tmp beside it, flushed to the disk, renamed.
+    OSError names the file that there was no room for."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{tag or os.getpid()}.tmp")
     try:
@@ -463,9 +471,10 @@ def write_aside(path: str | Path, data: bytes, tag: str | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except OSError as e:
+        raise OSError(f"{path}: not written ({e.strerror or e})") from e
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
 # ---------------------------------------------------------------------------------- stored data set
@@ -604,7 +613,8 @@ def _index(folder: Path) -> dict[str, bytes]:
     report = io.StringIO()
     csv.writer(report, lineterminator="\n").writerows([["file", "reason"], *skipped])
     if not offsets:
-        write_aside(folder / "skipped.csv", report.getvalue().encode())
+        if skipped:
+            write_aside(folder / "skipped.csv", report.getvalue().encode())
         first = f", such as {': '.join(skipped[0])}" if skipped else ""
         raise ValueError(
             f"{folder}: all {len(skipped)} rows were skipped{first}; delete the folder to try again"
@@ -638,7 +648,7 @@ def read_json(path: Path, *keys: str) -> dict:
     """A JSON object that has these keys; ValueError for anything else."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: damaged ({e})") from e
     if not isinstance(value, dict) or not set(keys) <= value.keys():
         raise ValueError(f"{path}: damaged, expected an object with {', '.join(keys)}")
@@ -661,27 +671,44 @@ class LatentDataset:
         about = read_json(self.folder / "dataset.json", "codec", "labels", "shard_clips")
         self.codec, self.labels = about["codec"], about["labels"]
         self.stats = LatentStats.load(self.folder / "latent_stats.safetensors")
-        self._starts = np.cumsum([0, *about["shard_clips"]])  # each shard's first clip
+        self._shards: dict[int, np.ndarray] = {}  # those that have been opened
+        kinds = (self.codec, dict), (self.labels, list), (about["shard_clips"], list)
+        fits = all(isinstance(value, kind) for value, kind in kinds)
+        clips = about["shard_clips"] if fits else []
+        fits = fits and all(type(n) is int and 0 <= n < 2**40 for n in clips)
+        self._starts = np.cumsum([0, *(clips if fits else [])])  # each shard's first clip
         self._offsets = self._map("record_offsets.npy")
         self._label_ids = self._map("label_ids.npy")
         self._label_starts = self._map("label_starts.npy")
-        self._shards: dict[int, np.ndarray] = {}  # those that have been opened
+        sizes = (len(self),), (len(self) + 1,)
+        if not fits or (self._offsets.shape, self._label_starts.shape) != sizes:
+            raise ValueError(f"{folder}: damaged, its files don't fit together")
 
-    def _map(self, name: str) -> np.ndarray:
+    def _map(self, name: str, dims: int = 1) -> np.ndarray:
+        """An array of integers of so many dimensions, memory-mapped."""
         try:
-            return np.load(self.folder / name, mmap_mode="r")
-        except ValueError as e:
-            raise ValueError(f"{self.folder / name}: damaged ({e})") from e
+            array = np.load(self.folder / name, mmap_mode="r")
+            if array.ndim != dims or array.dtype.kind not in "iu":
+                raise ValueError(f"{array.dtype} {list(array.shape)}")
+            return array
+        except OSError:
+            raise
+        except Exception as e:  # of many types: numpy's header is Python, a .zip will do, too
+            raise ValueError(f"{self.folder / name}: damaged ({e})".splitlines()[0]) from e
 
     def _shard(self, i: int) -> np.ndarray:
         """Shard i's integers, memory-mapped: [clips, *stored_shape]."""
         shard = self._shards.get(i)
         if shard is None:
             name, clips = f"shard-{i:05d}.npy", self._starts[i + 1] - self._starts[i]
-            shard = self._map(name)
+            shard = self._map(name, dims=3)
             if len(shard) != clips:
                 path = self.folder / name
                 raise ValueError(f"{path}: damaged, {len(shard)} clips instead of {clips}")
+            shapes = {codec.name: codec.stored_shape for codec in (EncodecCodec, MelCodec)}
+            shape = shapes.get(self.codec.get("name"), shard.shape[1:])
+            if shard.shape[1:] != shape:
+                raise ValueError(f"{self.folder / name}: damaged, a clip has {shard.shape[1:]}")
             if len(self._shards) < 640:  # a map keeps its file open, and 1,024 is a common limit
                 self._shards[i] = shard
         return shard
@@ -701,6 +728,8 @@ class LatentDataset:
         for shard in np.unique(shards):  # one gather a shard
             here = np.flatnonzero(shards == shard)
             out[here] = self._shard(shard)[indices[here] - self._starts[shard]]
+        if out.dtype == np.uint16 and out.max() > 1023:  # a GPU would not survive looking it up
+            raise ValueError(f"{self.folder}: damaged, EnCodec has no code {out.max()}")
         return torch.from_numpy(out)
 
     def _shard_of(self, indices: np.ndarray) -> np.ndarray:
@@ -712,11 +741,15 @@ class LatentDataset:
         """Clip i's record: id, file, captions, labels, and whatever else its row had."""
         shard = int(self._shard_of(np.asarray(i)))
         with open(self.folder / f"shard-{shard:05d}.jsonl", "rb") as file:
-            file.seek(self._offsets[i])
             try:
-                return json.loads(file.readline())
-            except ValueError as e:
-                raise ValueError(f"{file.name}: damaged at clip {i} ({e})") from e
+                file.seek(self._offsets[i])
+                record = json.loads(file.readline())
+                captions = record["captions"]
+                if type(captions) is not list or {type(text) for text in captions} != {str}:
+                    raise ValueError("no captions")
+                return record
+            except (ValueError, LookupError, TypeError, RecursionError, OSError) as e:
+                raise ValueError(f"{file.name}: damaged at clip {i} ({e!r:.80})") from e
 
     def label_ids(self, i: int) -> list[int]:
         """Clip i's labels, as numbers of `labels`."""
@@ -728,10 +761,13 @@ class LatentDataset:
         First a label is drawn, all alike, then one of its clips: p(clip) ∝ Σ 1 / (clips of label)
         over the clip's labels. Clips without any are taken as having one more label of their own.
         """
-        counts = np.diff(self._label_starts)
-        inverse = 1 / np.bincount(self._label_ids, minlength=len(self.labels))
+        counts, ids = np.diff(self._label_starts), self._label_ids
+        known = len(ids) == 0 or 0 <= ids.min() <= ids.max() < len(self.labels)
+        if not known or counts.min() < 0 or counts.sum() != len(ids):
+            raise ValueError(f"{self.folder}: damaged, its labels don't fit together")
+        inverse = 1 / np.bincount(ids, minlength=len(self.labels)).clip(min=1)
         clip = np.repeat(np.arange(len(self)), counts)  # the clip of each label id
-        weights = np.bincount(clip, inverse[self._label_ids], minlength=len(self)).astype(float)
+        weights = np.bincount(clip, inverse[ids], minlength=len(self)).astype(float)
         weights[counts == 0] = 1 / max(1, np.sum(counts == 0))
         return torch.from_numpy(weights / weights.sum())
 
@@ -749,10 +785,14 @@ def check_dataset(folder: str | Path) -> str:
             with open(path.with_suffix(suffix), "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != done[suffix]:
                     raise ValueError(f"{path.with_suffix(suffix)}: damaged, its bytes have changed")
-    for name, expected in _index(data.folder).items():
+    try:
+        index = _index(data.folder)
+    except (LookupError, TypeError, OverflowError, RuntimeError, csv.Error) as e:
+        raise ValueError(f"{folder}: damaged, shards don't fit together ({e!r:.80})") from e
+    for name, expected in index.items():
         if (data.folder / name).read_bytes() != expected:
             raise ValueError(f"{data.folder / name}: damaged, it isn't what the shards give")
-    codec = data.codec["name"]
+    codec = data.codec.get("name")
     return f"{folder}: {len(data)} clips, {len(data.labels)} labels, {codec}: all is well"
 
 
@@ -804,8 +844,8 @@ def _row(raw: dict | str, where: str) -> dict:
         captions = [captions] if isinstance(captions, str) else captions
         labels = list(dict.fromkeys(x.strip() for x in labels if x.strip()))
         captions = [x.strip() for x in captions if x.strip()]
-    except (ValueError, AttributeError, TypeError) as e:
-        raise ValueError(f"{where}: captions and labels must be texts, got {raw} ({e})") from e
+    except (ValueError, AttributeError, TypeError, RecursionError) as e:
+        raise ValueError(f"{where}: captions and labels must be texts ({e}): {raw!r:.200}") from e
     if not isinstance(raw.get("file"), str) or not raw["file"] or None in raw:
         raise ValueError(f"{where}: expected file, caption, labels (as columns or keys), got {raw}")
     if not captions and not labels:
@@ -835,7 +875,7 @@ def _audioset_rows(lines: list[str], audio_folder: Path, class_labels) -> list[d
             ytid, start, _, mids = fields
             labels = [names[mid] for mid in mids.split(",")]
             stems = [ytid, f"Y{ytid}", f"{ytid}_{start}", f"{ytid}_{int(float(start))}"]
-        except (KeyError, ValueError) as e:
+        except (KeyError, ValueError, OverflowError) as e:
             raise ValueError(f"not a segment with known labels: {fields} ({e})") from e
         file = next((files[stem] for stem in stems if stem in files), f"{ytid}.*")
         rows.append({"id": ytid, "file": file, "start": float(start), "labels": labels})

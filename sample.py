@@ -103,7 +103,7 @@ def load_model(
         guidance, overlap = float(about.get("guidance", 6.5)), int(about.get("overlap", 0))
         if overlap < 0:
             raise ValueError(f"overlap {overlap}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{folder}/model.json: damaged, or not of a model folder ({e!r})") from e
     encoder = TextEncoder(*text, device=device)
     codec = latents.load_codec(codec, device, encodec_weights)
@@ -142,6 +142,8 @@ def add_embedding(model: Model, path: str | Path) -> None:
     words, about = read_tensors(path)
     if about.get("text_encoder") != model.encoder.identity():
         raise ValueError(f"{path}: no words for this model's text encoder, {model.encoder.name}")
+    if not words:
+        raise ValueError(f"{path}: no words in it")
     model.encoder.add_words(words)
 
 
@@ -150,14 +152,17 @@ def add_lora(model: Model, path: str | Path, scale: float = 1.0) -> None:
     """W ← W + scale·B·A, low-rank changes of some of the U-Net's weights; those of several files
     add up. ValueError, before anything is changed, for a file that isn't of this architecture."""
     tensors, about = read_tensors(path)
-    about = json.loads(about.get("lora_adapter_metadata", "{}"))  # diffusers'
-    about = {key.removeprefix("unet."): value for key, value in about.items()}
-    scale *= about.get("lora_alpha", 1) / about.get("r", 1)
+    try:
+        about = json.loads(about.get("lora_adapter_metadata", "{}"))  # diffusers'
+        about = {key.removeprefix("unet."): value for key, value in about.items()}
+        scale *= about.get("lora_alpha", 1) / about.get("r", 1)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise ValueError(f"{path}: its metadata are damaged ({e!r:.80})") from e
     weights, changes = dict(model.unet.named_parameters()), {}
     for name in sorted({key.partition(".lora_")[0] for key in tensors}):
         A, B = (tensors.pop(f"{name}.lora_{x}.weight", torch.empty(0, 0)) for x in "AB")
         W = weights.get(name.removeprefix("unet.") + ".weight", torch.empty(0))
-        if W.dim() != 2 or (len(B), *A.shape[1:]) != W.shape or B.shape[1:] != A.shape[:1]:
+        if W.dim() != 2 or (*B.shape[:1], *A.shape[1:]) != W.shape or B.shape[1:] != A.shape[:1]:
             raise ValueError(f"{path}: no LoRA for this U-Net: {name} doesn't fit")
         changes[W] = scale * (B.to(W) @ A.to(W))
     if tensors or not changes:
@@ -385,7 +390,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
             prompt = prompt[0] if isinstance(prompt, list) else prompt
             if not isinstance(prompt, str) or None in row:
                 raise ValueError("more fields than columns" if None in row else "no prompt")
-        except (ValueError, AttributeError, IndexError) as e:
+        except (ValueError, AttributeError, IndexError, RecursionError) as e:
             expected = f"one of {', '.join(PROMPT_KEYS)} and perhaps of {', '.join(NAME_KEYS)}"
             raise ValueError(f"{path}, record {number}: {e}; expected {expected}") from e
         file_name = safe_name(prompt) if name is None else safe_name(str(name), given=True)
@@ -580,8 +585,6 @@ def run(args: argparse.Namespace) -> None:
             path.touch(exist_ok=False)
             try:
                 latents.save_audio(path, wave, json.dumps(comment, ensure_ascii=False))
-            except OSError as e:
-                raise OSError(f"{path}: not written ({e.strerror})") from e
             finally:
                 if path.stat().st_size == 0:
                     path.unlink()

@@ -25,11 +25,11 @@ and AdamW's shorter memory.
 
 import argparse
 import copy
+import hashlib
 import inspect
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -228,6 +228,11 @@ class Run:
             self.on_rank_0(compose_tiny)
         self.data = LatentDataset(data)
         self.val = LatentDataset(val_data) if val_data else self.data
+        names = ("dataset.json", "latent_stats.safetensors")
+        sets = [data.folder / name for data in (self.data, self.val) for name in names]
+        sources = sorted(Path(__file__).parent.glob("*.py"))
+        hashes = {"data (its hash)": sha256(sets), "source files (their hash)": sha256(sources)}
+        self.ranks_agree(asdict(c) | hashes)
         n = len(self.val)
         self.val_indices = list(range(max(0, n - c.val_clips), n))
         self.clips = len(self.data) - (0 if val_data else len(self.val_indices))
@@ -296,6 +301,15 @@ class Run:
                   f"has {channels} channels: use {2 * channels} or more")  # fmt: skip
         shared = {f.name: getattr(c, f.name) for f in fields(UNetConfig) if hasattr(c, f.name)}
         return UNet(UNetConfig(channels, channels, text_dim=text_dim, **shared))
+
+    def ranks_agree(self, mine: dict) -> None:
+        """ValueError, on every rank, that names the first one that has something else than rank 0.
+        Left alone, ranks of two minds would train on nonsense, or wait for each other."""
+        if self.ranks > 1:
+            every = [None] * self.ranks
+            dist.all_gather_object(every, mine)
+            for rank, theirs in enumerate(every):
+                must_agree(f"rank {rank} has", theirs, every[0], "make them the same", "rank 0")
 
     def on_rank_0(self, function) -> None:
         if self.rank == 0:
@@ -461,10 +475,14 @@ class Run:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(aside, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as e:  # a full disk; PyTorch has its own words for some
+            aside.unlink(missing_ok=True)
+            raise OSError(f"{path}: not written ({str(e).splitlines()[0]})") from e
         aside.rename(path)
         for old in sorted(folder.glob("step-*.pt"))[:-2]:
             old.unlink()
@@ -506,7 +524,10 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Take up a checkpoint; ValueError if it belongs to another run than this command's."""
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:  # of many types: a damaged byte leads the unpickler anywhere
+            raise OSError(f"{e!r:.100}") from e
         mine = {k: v for k, v in asdict(self.c).items() if k not in MAY_CHANGE}
         mine |= {"global_batch": self.global_batch, "clips": len(self.data)}
         advice = "give the old value to go on, another --out for a new run, or "
@@ -515,7 +536,7 @@ class Run:
         self.unet.load_state_dict(saved["unet"])
         self.ema.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
+        self.step = int(saved["step"])
 
 
 def load_newest(run: Run) -> None:
@@ -533,7 +554,9 @@ def load_newest(run: Run) -> None:
         model, old = run.out / "model", run.out / "model.old"
         if old.exists() and not model.exists():  # killed between two renames of save_model
             old.rename(model)
-        for torn in [*folder.glob("*.tmp"), run.out / "model.tmp", old]:
+        torn_files = [".log.jsonl.*.tmp", "samples/.step-*.tmp", "checkpoints/step-*.tmp"]
+        torn_files = [path for pattern in torn_files for path in run.out.glob(pattern)]
+        for torn in [*torn_files, run.out / "model.tmp", old]:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink(missing_ok=True)
 
     run.on_rank_0(tidy)
@@ -541,21 +564,21 @@ def load_newest(run: Run) -> None:
     for path in paths:
         try:
             return run.load(path)
-        except (RuntimeError, LookupError, AttributeError, TypeError, EOFError, OSError,
-                pickle.UnpicklingError) as e:  # fmt: skip
-            print(f"{path} can't be read ({str(e).splitlines()[0]}); trying the one before")
+        except (RuntimeError, LookupError, AttributeError, TypeError, OSError) as e:
+            print(f"{path} can't be read ({e!r:.120}); trying the one before")
     if paths:
         raise ValueError(f"{folder}: no checkpoint can be read; --no-resume sets the run aside "
                          "and starts another")  # fmt: skip
 
 
-def must_agree(subject: str, old: dict, new: dict, advice: str) -> None:
+def must_agree(subject: str, old: dict, new: dict, advice: str, who: str = "this command") -> None:
     """ValueError names the first value of `new`, this command's, that is another in `old`."""
     for name, value in new.items():
-        before, now = json.loads(json.dumps([old.get(name), value]))  # a tuple equals a list
-        a, b = (os.path.realpath(x) if name in PATHS and x else x for x in (before, now))
+        pair = json.loads(json.dumps([old.get(name), value]))  # a tuple equals a list
+        paths = name in PATHS and all(isinstance(x, str) and x for x in pair)
+        a, b = map(os.path.realpath, pair) if paths else pair
         if a != b:
-            raise ValueError(f"{subject} {name} = {before!r}, this command {now!r}: {advice}")
+            raise ValueError(f"{subject} {name} = {pair[0]!r}, {who} {pair[1]!r}: {advice}")
 
 
 def choose_init(c: Config, codec: dict) -> str:
@@ -584,6 +607,11 @@ def compose_tiny() -> None:
         subprocess.run(command, cwd=TINY.parent, env=environment, check=True)
 
 
+def sha256(paths: list[Path]) -> str:
+    """Of what is in these files; its beginning."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
 def peak_memory(device: torch.device) -> float:
     """GiB, on the GPU or of this process."""
     if device.type == "cuda":
@@ -596,6 +624,7 @@ def train(c: Config, kind: type[Run] = Run) -> Path:
     parent = os.getppid()
     run = kind(c)
     load_newest(run)
+    run.ranks_agree({"checkpoint of step": run.step})  # not if they see different folders
     if run.step >= c.steps:
         if run.rank == 0:
             print(f"{run.out}: finished at step {run.step}; its model is {run.out / 'model'}")
@@ -694,7 +723,8 @@ def main(arguments: list[str] | None = None) -> None:
     except torch.OutOfMemoryError as e:
         sys.exit(f"error: {str(e).splitlines()[0]} Take a smaller --batch-size, with --accumulate")
     except (ValueError, OSError, subprocess.CalledProcessError) as e:
-        sys.exit(f"error: {e}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+        rank = int(os.environ.get("RANK", 0))  # it may be the only one that has this problem
+        sys.exit(f"error on rank {rank}: {e}" if rank else f"error: {e}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

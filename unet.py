@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -71,8 +72,13 @@ class UNetConfig:
                 f"attention has {len(self.attention)} levels, block_out_channels has "
                 f"{len(self.block_out_channels)}: give one value for each level"
             )
-        if self.num_heads < 1 or self.layers_per_block < 1:
-            raise ValueError("num_heads and layers_per_block must be 1 or more")
+        sizes = [self.in_channels, self.out_channels, self.layers_per_block, self.num_heads]
+        sizes += [*self.block_out_channels, self.cross_attention_dim]
+        sizes += [] if self.text_dim is None else [self.text_dim]
+        if not all(type(n) is int and 0 < n < 2**20 for n in sizes) or not self.attention:
+            raise ValueError(f"sizes must be whole numbers of 1 to a million, not {sizes}")
+        if self.layers_per_block > 99:
+            raise ValueError(f"{self.layers_per_block} layers_per_block: expected 1 to 99")
         for width in self.block_out_channels:
             if width % 32 or width % self.num_heads:
                 raise ValueError(
@@ -329,7 +335,10 @@ class UNet(nn.Module):
         config = json.dumps(to_diffusers_config(self.config) | self.more_config, indent=2)
         (folder / "config.json").write_text(config + "\n")
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(state, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(state, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as e:  # the disk is full
+            raise OSError(f"{folder}: the weights were not written ({e})") from e
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path, **overrides) -> "UNet":
@@ -460,7 +469,7 @@ def load_config(folder_or_hub_id: str | Path) -> UNetConfig:
     path = find_unet_folder(folder_or_hub_id) / "config.json"
     try:
         return from_diffusers_config(dict(json.loads(path.read_text())))
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: {e}") from e
 
 
@@ -497,7 +506,10 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / f"{WEIGHTS}.safetensors").is_file():
             return load_file(folder / f"{WEIGHTS}.safetensors")
         if (folder / f"{WEIGHTS}.bin").is_file():
-            return torch.load(folder / f"{WEIGHTS}.bin", map_location="cpu", weights_only=True)
+            state = torch.load(folder / f"{WEIGHTS}.bin", map_location="cpu", weights_only=True)
+            if isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values()):
+                return state
+            raise ValueError("no tensors by name")
     except Exception as e:
         raise ValueError(f"{folder}: the weights can't be read ({e})".splitlines()[0]) from e
     raise FileNotFoundError(f"{folder}: no {WEIGHTS}.safetensors (or .bin) beside config.json")

@@ -183,7 +183,7 @@ def read(path: Path) -> list[dict]:
                     raise ValueError("no id")
                 captions = row.get("captions", row.get("caption"))
                 records.append(row | {"id": name, "captions": captions})
-    except (ValueError, TypeError, AttributeError, csv.Error) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error) as e:
         raise ValueError(f"{path}, record {len(records) + 1}: {e!r}; expected CSV, or JSON a line, "
                          "with id (or youtube_id, name, file) and captions") from e  # fmt: skip
     if not records:
@@ -524,7 +524,7 @@ def average_command(args: argparse.Namespace) -> None:
     try:
         key = json.loads(args.key.read_bytes())
         key = {row: (str(i), str(system)) for row, (i, system) in key.items()}
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{args.key}: not a key that `rate` wrote ({e!r})") from e
     table, unanswered, invalid = average(args.ratings, key)
     print(text_table(table, ["similarity", "std", "raters", "clips", "ratings"]))

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -111,6 +112,8 @@ def test_a_constant_channel_is_harmless():
     stats = LatentStats.of(z)
     assert stats.normalize(z).abs().max() == 0
     assert torch.equal(stats.denormalize(stats.normalize(z)), z)
+    with pytest.raises(ValueError, match="statistics of 1 channels, latents of 2"):
+        stats.normalize(torch.zeros(1, 2, FRAMES))
 
 
 # ------------------------------------------------------------------ EnCodec
@@ -338,6 +341,7 @@ def test_to_clips():
 def test_audio_that_cannot_be_used(tmp_path):
     bad = {"nan.wav": (np.array([0, np.nan]), 16_000), "inf.wav": (np.array([np.inf, 0]), 16_000)}
     bad |= {"empty.wav": (np.zeros(0), 16_000), "slow.wav": (np.zeros(100), 999)}
+    bad |= {"loud.wav": (np.array([1e20, 0]), 16_000)}
     for name, (samples, rate) in bad.items():
         soundfile.write(tmp_path / name, samples, rate, subtype="FLOAT")
     (tmp_path / "text.wav").write_text("this is no audio")
@@ -537,6 +541,26 @@ def test_killed_and_resumed(noise, tmp_path):
     assert encode_noise(tmp_path) is True
     assert contents(tmp_path) == contents(noise)
     assert all(path.stat().st_mtime_ns == before for path, before in done.items())  # kept
+
+
+def test_a_disk_that_fills_up(noise, tmp_path):
+    """Stood in for by a limit on the size of files, from the fourth shard on."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row):
+        if row["id"] == 12:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        return load_noise(row)
+
+    try:
+        with pytest.raises(OSError, match=r"shard-00003.npy: not written \(File too large\)"):
+            encode_noise(tmp_path, load_clips=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = contents(tmp_path)
+    assert len(left) == 1 + 3 * 3  # plan.json and three shards
+    assert all(contents(noise)[name] == data for name, data in left.items())
+    assert encode_noise(tmp_path) is True and contents(tmp_path) == contents(noise)
 
 
 def test_another_table_or_codec_is_refused(noise):

@@ -476,6 +476,13 @@ def test_the_plain_command(main, here, capsys):
     assert (here / "dog_barking-3.wav").read_bytes() != first
 
 
+def test_the_same_command_gives_the_same_bytes(main, here):
+    for folder in ("one", "other"):
+        main("dog", "rain", "--seed", 3, "--out", folder)
+    for name in ("dog.wav", "rain.wav"):
+        assert (here / "one" / name).read_bytes() == (here / "other" / name).read_bytes()
+
+
 def test_comment_is_enough_to_make_a_sound_again(main, here, folders):
     options = {"--seed": 3, "--guidance": 2.5, "--sampler": "ddim", "--negative": "wind: ü🐶"}
     flat = [x for pair in options.items() for x in pair]

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import diffusion
+import sample
 import train
 from latents import CLIP_SAMPLES, LatentStats, MelCodec, to_grid
 from train import PRESETS, Config, Run, clips_of_step, draw, ema_decay, learning_rate, parse_args
@@ -402,6 +404,28 @@ def test_a_full_disk_at_the_end(what, whole, small, tmp_path, monkeypatch):
     assert_same_run(out, whole, 8)
 
 
+@pytest.mark.parametrize("share, what", [(0.5, "weights"), (1.5, "step-0000008.pt")])
+def test_a_disk_that_fills_up(share, what, whole, small, tmp_path):
+    """Stood in for by a limit on the size of files: too small for the model, or the checkpoint."""
+    out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    shutil.copytree(whole, out)
+    (out / "checkpoints/step-0000008.pt").unlink()
+    before = files(out)
+    size = (out / "model/unet/diffusion_pytorch_model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), limits[1]))
+    try:
+        line = fails([*small, *EIGHT, "--out", str(out)], what, "not written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in line
+    after = files(out)
+    differ = [str(path) for path in before if after[path] != before[path]]
+    assert set(differ) <= {"log.jsonl", "config.json"}
+    assert not list((out / "checkpoints").glob("*.tmp"))  # it would take the room of the next one
+    train.main([*small, *EIGHT, "--out", str(out)])
+    assert_same_run(out, whole, 8)
+
+
 @pytest.mark.parametrize("damage", ["half", "other bytes"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, whole, small, tmp_path, capsys):
     out = tmp_path / "run"
@@ -482,17 +506,21 @@ def test_no_resume_sets_the_old_run_aside(whole, small, tmp_path, capsys):
     assert len(read_log(tmp_path / "run.2")) == 1
 
 
-def test_a_loss_that_isnt_finite_stops_the_run(whole, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["loss nan", "loss inf", "gradient norm"])
+def test_numbers_that_arent_finite_stop_the_run(what, whole, small, tmp_path, monkeypatch):
     out = tmp_path / "run"
     command = [*small, *EIGHT, "--out", str(out)]
     original = Run.loss
 
     def loss(self, *args):
-        bad = self.step == 4 and torch.is_grad_enabled()
-        return original(self, *args) * (math.nan if bad else 1)
+        losses = original(self, *args)
+        if self.step == 4 and torch.is_grad_enabled():
+            losses = losses * {"loss nan": math.nan, "loss inf": math.inf}.get(what, 1)
+            losses.register_hook(lambda gradient: gradient * math.inf)
+        return losses
 
     monkeypatch.setattr(Run, "loss", loss)
-    message = fails(command, "step 5", "loss nan", "tone-")
+    message = fails(command, "step 5", what, "tone-")
     monkeypatch.undo()
     run = Run(parse_args(command))
     clips = clips_of_step(4, 4, run.weights, run.clips, seed=0)
@@ -502,6 +530,35 @@ def test_a_loss_that_isnt_finite_stops_the_run(whole, small, tmp_path, monkeypat
     assert len(read_log(out)) == 4
     train.main(command)  # the checkpoint before is as it should be
     assert_same_run(out, whole, 8)
+
+
+def test_one_silent_clip_with_a_long_caption(small, tmp_path, monkeypatch):
+    """No channel ever changes, so every std is 0; the caption is longer than the encoder takes."""
+    monkeypatch.setattr(MelCodec, "iterations", 1)
+    row = {"id": "silence", "file": "0.wav", "captions": ["very " * 99 + "silent"], "labels": []}
+    encode_dataset(tmp_path / "one", MelCodec(), [row], lambda row: torch.zeros(1, CLIP_SAMPLES))
+    assert LatentStats.load(tmp_path / "one/latent_stats.safetensors").std.abs().max() < 1e-6
+    options = f"--data {tmp_path}/one --val-data {tmp_path}/one --batch-size 1 --steps 2".split()
+    options += ["--sample-every", "2", "--caption-dropout", "0", "--out", str(tmp_path / "run")]
+    with pytest.warns(UserWarning, match="captions of more than 16 tokens are cut"):
+        train.main([*small, *options])
+    log = read_log(tmp_path / "run")
+    assert all(math.isfinite(line["loss"]) for line in log) and math.isfinite(log[-1]["val_loss"])
+    assert (tmp_path / "run/samples/step-0000002.wav").exists()
+    model = sample.load_model(tmp_path / "run/model")
+    assert sample.generate(model, ["silence"], steps=2).isfinite().all()
+
+
+def test_the_same_command_gives_the_same_bytes(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(MelCodec, "iterations", 1)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        train.main([*small, "--steps", "2", "--sample-every", "2", "--out", "run"])
+    one, other = (files(tmp_path / name / "run") for name in ("one", "other"))
+    assert len(one) == 8 and one.keys() == other.keys()
+    assert [str(path) for path in one if one[path] != other[path]] == ["log.jsonl"]
+    assert read_log(tmp_path / "one/run") == read_log(tmp_path / "other/run")  # but for timings
 
 
 # ---- frozen blocks -------------------------------------------------------------------------------
@@ -630,15 +687,71 @@ def alive(pid: int) -> bool:
     return status.exists() and "zombie" not in status.read_text()
 
 
+# Two ranks that differ: in the working directory, an option, the source.
+DIFFER = """
+import json, os, sys
+import torch.multiprocessing as mp
+import train
+
+def rank(r, port, name, folders, options, sources, arguments):
+    os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.chdir(folders[r])
+    train.__file__ = sources[r]
+    try:
+        train.main([*arguments, *options[r]])
+    except SystemExit as e:
+        open(f"{folders[0]}/{name}.{r}", "w").write(e.code)
+
+for job in json.loads(sys.argv[1]):
+    mp.start_processes(rank, tuple(job), nprocs=2, start_method="fork")
+"""
+
+
+def test_ranks_that_disagree(whole, small, tmp_path):
+    """Each says, before anything is computed, which rank has something else than rank 0."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    data = small[small.index("--data") + 1]
+    for folder in (a, b):
+        shutil.copytree(data, folder / "data")
+        (folder / "code").mkdir()
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, folder / "code")
+    LatentStats(torch.zeros(64), torch.ones(64), 1).save(b / "data/latent_stats.safetensors")
+    (b / "code/unet.py").write_text("another version")
+    shutil.copytree(whole, a / "run")  # rank 1 doesn't see rank 0's checkpoints
+    here, code = [str(a), str(a)], [f"{a}/code/train.py"] * 2
+    cases = {
+        "option": (here, [["--seed", "1"], ["--seed", "2"]], code, "seed = 2, rank 0 1"),
+        "data": ([str(a), str(b)], [["--data", "data"]] * 2, code, "data (its hash) = '"),
+        "code": (here, [[], []], [code[0], f"{b}/code/train.py"], "source files (their hash) = '"),
+        "run": ([str(a), str(b)], [EIGHT] * 2, code, "checkpoint of step = 0, rank 0 8"),
+    }
+    arguments = [*small, "--batch-size", "2", "--out", "run"]
+    jobs = [[free_port(), name, *case[:3], arguments] for name, case in cases.items()]
+    command = [sys.executable, "-c", DIFFER, json.dumps(jobs)]
+    begun = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 60 * len(jobs)
+    for name, (*_, message) in cases.items():
+        for rank, start in enumerate(("error: ", "error on rank 1: ")):
+            line = (a / f"{name}.{rank}").read_text()
+            assert line.startswith(f"{start}rank 1 has {message}") and "\n" not in line, line
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_torchrun_killed_with_sigkill(ranks, small, tmp_path):
-    """Two ranks, killed twice: all processes, while blocks are frozen; and torchrun alone."""
+    """Two ranks, killed three times: all processes, while blocks are frozen; one rank, which ends
+    all, and is named; and torchrun alone."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "train.py", *small, *THIRTY, "--batch-size", "2"]
     command += ["--out", str(out)]
     log = out / "log.jsonl"
-    for steps, ranks_too in ((8, True), (17, False)):
+    for steps, victims in ((6, "all"), (13, "rank 1"), (20, "torchrun")):
         with open(tmp_path / "output", "w") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
@@ -651,9 +764,14 @@ def test_torchrun_killed_with_sigkill(ranks, small, tmp_path):
             pids = processes_of(process.pid)
             assert len(pids) == 2
         finally:
-            for pid in [process.pid, *pids[: 2 * ranks_too]]:
+            torchrun = [process.pid]
+            doomed = {"all": torchrun + pids, "rank 1": pids[1:], "torchrun": torchrun}[victims]
+            for pid in doomed or torchrun:
                 os.kill(pid, signal.SIGKILL)
-            process.wait()
+            process.wait(timeout=60)
+        if victims == "rank 1":
+            printed = (tmp_path / "output").read_text()
+            assert re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9", printed), printed
         for _ in range(1000):  # orphans stop by themselves
             if not any(map(alive, pids)):
                 break
@@ -861,7 +979,9 @@ def test_a_mistake_gets_one_line(options, parts, small, tmp_path, monkeypatch):
 
 def test_eight_ranks_without_data_for_each(small, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    stub = SimpleNamespace(is_initialized=lambda: True)  # as if all eight had met
+    # As if all eight had met, and agreed
+    stub = SimpleNamespace(is_initialized=lambda: True)
+    stub.all_gather_object = lambda every, mine: every.__setitem__(slice(None), [mine] * 8)
     monkeypatch.setattr(train, "dist", stub)
     with pytest.raises(ValueError, match=r"20 clips to train on .* 32 of one step \(8 ranks × 1"):
         Run(parse_args([*small, "--out", str(tmp_path)]))
