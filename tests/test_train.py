@@ -30,7 +30,7 @@ from diffusers import UNet2DConditionModel
 import diffusion
 import sample
 import train
-from latents import CLIP_SAMPLES, LatentStats, MelCodec, to_grid
+from latents import CLIP_SAMPLES, LatentStats, MelCodec, encode_dataset, to_grid
 from train import PRESETS, Config, Run, clips_of_step, draw, ema_decay, learning_rate, parse_args
 from unet import UNet, UNetConfig
 
