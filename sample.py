@@ -101,7 +101,7 @@ def load_model(
             device
         )
         guidance, overlap = float(about.get("guidance", 6.5)), int(about.get("overlap", 0))
-        if overlap < 0:
+        if not 0 <= overlap <= latents.GRID[1]:
             raise ValueError(f"overlap {overlap}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{folder}/model.json: damaged, or not of a model folder ({e!r})") from e

@@ -16,7 +16,7 @@ that was killed goes on, from its newest checkpoint, as if nothing had happened.
 Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
 the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling; and for
 the tiny model x_0-prediction with v's loss, a shifted noise schedule, rows of the grid that overlap
-and AdamW's shorter memory.
+and AdamW's shorter memory; as an option, more of the t above 750 (--noisy-share).
 
     RUN/model/          the result: what sample.py --model takes
     RUN/checkpoints/    the last two; start the same command again to go on
@@ -76,6 +76,7 @@ Count = Annotated[int, "1 or more", lambda x: x >= 1]
 NotNegative = Annotated[float, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "above 0", lambda x: x > 0]
 Share = Annotated[float, "0 to 1", lambda x: 0 <= x <= 1]
+RowShare = Annotated[int, "0 to 21", lambda x: 0 <= x <= GRID[1]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Config:
     prediction: Literal[diffusion.PREDICTIONS] = "x0"  # what the U-Net predicts; the papers: eps
     schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
     schedule_shift: Positive = 0.3  # its signal-to-noise ratio times shift²; the papers: 1
-    overlap: NotNegative = 2  # frames of its neighbours that a row of the grid is shown with
+    overlap: RowShare = 2  # frames of its neighbours that a row of the grid is shown with
     # The optimisation
     steps: Count = 10_000  # length of the run; the learning rate follows it: it can't change later
     batch_size: Count = 8  # clips a rank and forward pass
@@ -228,7 +229,7 @@ class Run:
             self.on_rank_0(compose_tiny)
         self.data = LatentDataset(data)
         self.val = LatentDataset(val_data) if val_data else self.data
-        names = ("dataset.json", "latent_stats.safetensors")
+        names = ("plan.json", "dataset.json", "latent_stats.safetensors")
         sets = [data.folder / name for data in (self.data, self.val) for name in names]
         sources = sorted(Path(__file__).parent.glob("*.py"))
         hashes = {"data (its hash)": sha256(sets), "source files (their hash)": sha256(sources)}
@@ -581,6 +582,16 @@ def must_agree(subject: str, old: dict, new: dict, advice: str, who: str = "this
             raise ValueError(f"{subject} {name} = {pair[0]!r}, {who} {pair[1]!r}: {advice}")
 
 
+def read_settings(folder: Path) -> dict:
+    """What a model folder says of itself, by the names of Config, and its codec."""
+    names = ("text_encoder", "max_length", "mask", "prediction", "schedule", "codec")
+    older = {"schedule_shift": 1.0, "overlap": 0, "guidance": 6.5}  # of folders that don't say
+    if not (folder / "model.json").is_file():
+        raise FileNotFoundError(f"{folder}: not a model folder (no model.json)")
+    about = older | read_json(folder / "model.json", *names)
+    return {name: about[name] for name in (*names, *older)}
+
+
 def choose_init(c: Config, codec: dict) -> str:
     """What a run starts from: c.init, or its own model once it has a checkpoint (c.init may be gone
     by then). ValueError if c.init is a model folder trained on something else than this run."""
@@ -591,9 +602,9 @@ def choose_init(c: Config, codec: dict) -> str:
     if (init / "log.jsonl").is_file():
         raise ValueError(f"{init} is a run, not a model: give --init {init / 'model'}")
     if (init / "model.json").is_file():
-        names = ("text_encoder", "max_length", "mask", "prediction", "schedule")
-        model = {"schedule_shift": 1.0} | read_json(init / "model.json", *names, "codec")
-        mine = {name: getattr(c, name) for name in (*names, "schedule_shift")} | {"codec": codec}
+        model = read_settings(init)
+        names = model.keys() - {"codec", "guidance"}
+        mine = {name: getattr(c, name) for name in sorted(names)} | {"codec": codec}
         advice = f"give the same, or --init {init / 'unet'} for its U-Net alone"
         must_agree(f"{init / 'model.json'} has", model, mine, advice)
     return c.init

@@ -13,9 +13,10 @@
     python -m appendix.ablations captions --captions captions/labels.jsonl captions/filter.jsonl
     python -m appendix.ablations table                    what is on disk so far, as Markdown
 
-The arms of an ablation differ in one thing. Clips, captions, t and noise of a step are the same
-(they come of the seed and the step), and so is what they start from: the U-Net of --model or, where
-another architecture is compared, random weights; there both arms do. "scratch" is the arm that
+The arms of an ablation differ in one thing (and the picture has no rows to overlap). Clips, t and
+noise of a step are the same, and captions where these aren't compared: they come of the seed and
+step (the noise of `codes` has other channels). So is what arms start from: the U-Net of --model or,
+where another architecture is compared, random weights; there both do. "scratch" is the arm that
 layout, text and codes have in common: trained once. Compute is equal in steps. A step is dearer for
 the picture, which has 64 times as many pixels: its U-Net, though narrower, takes 4 times as many
 multiplications, and on a CPU core 6 times as long to train, 10 times as long to sample from.
@@ -403,13 +404,8 @@ OTHER_LOSS = ("layout", "codes")  # the arms' latents are normalised, or made, i
 
 def configure(name: str, arm: Arm, seed: int, steps: int, args) -> Config:
     """The settings of an arm: those of --model, and what the arm changes."""
-    path = args.model / "model.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{args.model}: not a model folder (no model.json)")
-    names = ("text_encoder", "max_length", "mask", "prediction", "schedule")
-    older = {"schedule_shift": 1.0, "overlap": 0, "guidance": 6.5}
-    options = older | read_json(path, *names)
-    options = {key: options[key] for key in (*names, *older)}
+    options = train.read_settings(args.model)
+    del options["codec"]
     unet = load_config(args.model)
     names = ("block_out_channels", "attention", "layers_per_block", "num_heads")
     options |= {key: getattr(unet, key) for key in (*names, "cross_attention_dim")}

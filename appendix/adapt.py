@@ -242,13 +242,8 @@ def load_clips(row: dict, audio: Path, out: Path) -> Tensor:
 
 def prepare(args: argparse.Namespace) -> tuple[Config, type[Run]]:
     """The run's settings, with the model's own among them; its data set is made if need be."""
-    path = args.model / "model.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{args.model}: not a model folder (no model.json)")
-    names = ("text_encoder", "max_length", "mask", "prediction", "schedule")
-    older = {"schedule_shift": 1.0, "overlap": 0, "guidance": 6.5}
-    about = older | latents.read_json(path, *names, "codec")
-    options = {name: about[name] for name in (*names, *older)}
+    options = train.read_settings(args.model)
+    codec = options.pop("codec")
     names = ("method", "steps", "batch_size", "lr", "seed", "precision", "checkpoint_every")
     options |= {name: getattr(args, name) for name in names}
     options |= {"warmup_steps": args.steps // 20, "validate_every": args.checkpoint_every}
@@ -290,7 +285,7 @@ def prepare(args: argparse.Namespace) -> tuple[Config, type[Run]]:
     if "data" not in options:
         rows *= -(-args.batch_size // len(rows))  # of one recording, too, a batch of many t
         data, device = args.out / "data", latents.pick_device(args.device)
-        codec = latents.load_codec(about["codec"], device, args.encodec_weights)
+        codec = latents.load_codec(codec, device, args.encodec_weights)
         load = functools.partial(load_clips, audio=args.audio, out=args.out)
         latents.encode_dataset(data, codec, rows, load)
         if skipped := latents.read_json(data / "dataset.json", "skipped")["skipped"]:

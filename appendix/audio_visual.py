@@ -51,20 +51,21 @@ class Clips:
 
 
 @torch.no_grad()
-def read_audio(data: LatentDataset, n: int, tagger: TALTrans | None, labels: list[str]) -> Clips:
+def read_audio(data: LatentDataset, n: int, tagger: TALTrans | None, train: LatentDataset) -> Clips:
     """The first n clips, without video. audio is [n, 21, D]: the mean of a tagger's states in each
-    block of 0.48 s; without a tagger, mean and standard deviation of the normalised latents."""
+    block of 0.48 s; without a tagger, mean and standard deviation of the latents, normalised as the
+    training set's. targets: its labels."""
     log_mel, states = LogMelCodec(), []
     if tagger and data.codec != log_mel.settings():
         raise ValueError(f"{data.folder}: a tagger hears log-mel frames (appendix.classify encode)")
     codec = log_mel if data.codec == log_mel.settings() else latents.load_codec(data.codec)
     for part in tqdm(torch.arange(n).split(32), unit="batch", leave=False, desc="audio"):
         z = codec.dequantize(data.stored(part))  # [B, C, frames]
-        z = tagger.states(z.mT) if tagger else data.stats.normalize(z).mT
+        z = tagger.states(z.mT) if tagger else train.stats.normalize(z).mT
         z = z[:, : z.shape[1] // BLOCKS * BLOCKS].unflatten(1, (BLOCKS, -1))
         std, mean = torch.std_mean(z, 2)
         states.append(mean if tagger else torch.cat([mean, std], 2))
-    targets = targets_of(data, range(n), labels)
+    targets = targets_of(data, range(n), train.labels)
     return Clips(torch.cat(states), torch.zeros(n, 1, 1), torch.ones(n, 1), {}, targets)
 
 
@@ -91,7 +92,6 @@ def read_video(path: Path, ids: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"{path}: no array is named as one of the clips, such as {ids[0]!r}")
     frames = max(map(len, found.values()))
     video, there = torch.zeros(len(ids), frames, size), torch.zeros(len(ids), frames)
-    there[:, 0] = 1  # where nothing was found a frame of zeros, which doesn't count (s = 0)
     for i, x in found.items():
         video[i, : len(x)], there[i, : len(x)] = x, 1
     return video, there, torch.tensor([i in found for i in range(len(ids))])

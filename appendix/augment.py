@@ -178,12 +178,13 @@ def show(title: str, results: dict, args: argparse.Namespace, value: Callable) -
 def table(args: argparse.Namespace) -> None:
     device = latents.pick_device(args.device)
     real, audio = generated.make_real(args)
-    kinds = args.kinds if any(SETS[name][0] for name in args.sets) else []
-    made = {kind: generated.make(kind, real, audio, args) for kind in kinds}
     held_out = open_features(args.test or classify.tiny_features("test"))
     rare = args.amplify or rarest(real, max(1, round(len(real.labels) * 100 / 527)))
     if unknown := set(rare) - (set(real.labels) & set(held_out.labels)):
-        raise ValueError(f"--amplify: no real clip, or none to test on, of {', '.join(unknown)}")
+        raise ValueError("classes to be amplified of which there is no real clip, or none to test "
+                         f"on: {', '.join(sorted(unknown))}")  # fmt: skip
+    kinds = args.kinds if any(SETS[name][0] for name in args.sets) else []
+    made = {kind: generated.make(kind, real, audio, args) for kind in kinds}
 
     results: dict[tuple, dict[int, dict]] = {}  # (tagger, recipe, kind, set) -> seed -> scores
     bar = tqdm([*plan(args, rare)], unit="tagger")
@@ -244,6 +245,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="peak [0.001]")
     args = parser.parse_args(arguments)
     generated.check_options(parser, args)
+    if args.audio and not args.test:
+        parser.error("--audio needs --test: features of clips that weren't trained on")
     if min(args.steps, args.batch_size, args.factor) < 1 or min(args.seeds) < 0:
         parser.error("--steps, --batch-size and --factor are 1 or more, --seeds 0 or more")
     if not 0 <= args.alpha <= 1 or args.lr <= 0:

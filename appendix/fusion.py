@@ -19,7 +19,7 @@ fusion is "pure concatenation": w_k·[c_k of the audio; c_k of the video], each 
     python -m appendix.fusion train … --tagger runs/taltrans/tagger.safetensors    by its states
 
 What AUDIO, FOLDER and run.jsonl are, appendix/audio_visual.py says. A clip without video goes by
-its audio (s = 0). `simulate` makes videos and scores up: it shows whether the formula does what it
+its audio. `simulate` makes videos and scores up: it shows whether the formula does what it
 should, and nothing about real videos.
 """
 
@@ -64,6 +64,8 @@ class Fusion(nn.Module):
         h [B, T + F, width] and α [B, T + F, classes]."""
         h = torch.cat([self.audio(audio), self.video(video)], 1)
         a = self.weight(h)
+        if self.mode in ("video", "concatenation"):  # what has to look, without video sees zeros
+            there = torch.where(there.any(1, keepdim=True), there, 1.0)
         if self.mode == "concatenation":
             of_audio, of_video = a.split([audio.shape[1], video.shape[1]], 1)
             of_video = of_video + there.log()[..., None]
@@ -184,6 +186,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
         add("--device", help="cpu or cuda [cuda where there is one]")
     args = parser.parse_args(arguments)
+    if bool(args.data) != bool(args.test):
+        parser.error("DATA and --test go together")
     if min(args.width, args.steps, args.batch_size, args.clips or 1) < 1 or min(args.seeds) < 0:
         parser.error("--width, --steps, --batch-size, --clips are 1 or more, --seeds 0 or more")
     return args
@@ -199,7 +203,7 @@ def run(args: argparse.Namespace) -> None:
     if tagger and not isinstance(tagger, TALTrans):
         raise ValueError(f"{args.tagger}: expected a taltrans, which has states over time")
     sizes = [min(args.clips or (3000 if simulate else len(data)), len(data)), len(test)]
-    clips = [read_audio(x, n, tagger, data.labels) for x, n in zip((data, test), sizes)]
+    clips = [read_audio(x, n, tagger, data) for x, n in zip((data, test), sizes)]
     hashes = [read_json(x.folder / "plan.json", "table")["table"] for x in (data, test)]
     about = {"tables": hashes, "clips": sizes, "tagger": str(args.tagger)}
     if simulate:
@@ -211,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
         ids = [str(part.record(i)["id"]) for part, n in parts for i in range(n)]
         video, there, found = read_video(args.video, ids)
         print(f"{args.video}: {int(found.sum())} of {len(ids)} clips have video")
-        scores = {name: s * found for name, s in read_scores(args.scores, ids).items()}
+        scores = read_scores(args.scores, ids)
         for i, part in enumerate((slice(sizes[0]), slice(sizes[0], None))):
             mine = {name: s[part] for name, s in scores.items()}
             clips[i] = replace(clips[i], video=video[part], there=there[part], scores=mine)

@@ -5,7 +5,7 @@ Nothing here is measured on a GPU.
     operations   the matrix products and convolutions of one clip's forward pass, counted; a
                  backward pass is two forward passes, gradient checkpointing one more
     step         operations / (peak × utilisation) + what of the gradients' exchange isn't hidden
-    exchange     4 bytes a parameter around a ring: 2·(n − 1)/n times through each GPU's link,
+    exchange     4 bytes a parameter around a ring: 2·(n − 1)/n times through its slowest link,
                  beside the backward pass (half of the step), as DistributedDataParallel does it
     MFU          the operations without checkpointing's, over peak × time of a step
 
@@ -22,12 +22,12 @@ from latents import GRID
 from unet import UNet, UNetConfig
 
 STEPS, TOKENS = 60_000, 50
-MACHINES = {  # GPUs, dense bf16 FLOP/s of one, bytes/s between two GPUs in one direction
+MACHINES = {  # GPUs, dense bf16 FLOP/s of one, bytes/s of the slowest link in one direction
     "8 × A100 (NVLink)": (8, 312e12, 300e9),
     "8 × H100 (NVLink)": (8, 989e12, 450e9),
-    "4 nodes of 8 × A100 (200 Gbit/s each GPU)": (32, 312e12, 25e9),
-    "4 nodes of 8 × H100 (400 Gbit/s each GPU)": (32, 989e12, 50e9),
-    "4 nodes of 8 × A100 (100 Gbit/s a node)": (32, 312e12, 12.5e9 / 8),
+    "4 nodes of 8 × A100 (8 × 200 Gbit/s a node)": (32, 312e12, 200e9),
+    "4 nodes of 8 × H100 (8 × 400 Gbit/s a node)": (32, 989e12, 400e9),
+    "4 nodes of 8 × A100 (100 Gbit/s a node)": (32, 312e12, 12.5e9),
 }
 
 

@@ -108,6 +108,7 @@ def compare_data_sets(one: Path, other: Path) -> None:
 def compare_captions(one: Path, other: Path) -> None:
     a, b = ((folder / "run.jsonl").read_bytes() for folder in (one, other))
     assert a == b, "the records differ"
+    assert contents(one).keys() == contents(other).keys(), "files differ"
     ids = [json.loads(line)["id"] for line in a.splitlines()]
     assert len(set(ids)) == len(ids) > 0, "records are repeated"
 

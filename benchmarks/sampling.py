@@ -19,17 +19,18 @@ import statistics
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from diffusers import PNDMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 import sample
+from benchmarks.arithmetic import TOKENS, forward_flops
 from latents import GRID, LatentStats
 from unet import UNet, UNetConfig, to_diffusers_config
 
-GUIDANCE, TOKENS = 6.5, 50
+GUIDANCE = 6.5
 
 
 class Given:
@@ -60,34 +61,29 @@ def ours(unet: UNet, states: Tensor, steps: int, precision: str) -> Tensor:
 @torch.no_grad()
 def theirs(unet: UNet2DConditionModel, states: Tensor, steps: int, bf16: bool) -> Tensor:
     """The loop of diffusers' StableDiffusionPipeline, guidance as it does it."""
-    a = diffusion.cosine_alphas_cumprod()
-    betas = 1 - a / torch.cat([torch.ones(1, dtype=a.dtype), a[:-1]])
+    betas = betas_of(diffusion.cosine_alphas_cumprod())
     scheduler = PNDMScheduler(
-        trained_betas=betas.numpy(), skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+        trained_betas=betas, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
     )
     scheduler.set_timesteps(steps)
     size = (1, unet.config.in_channels, *GRID)
     x = torch.randn(size[1:], generator=sample.noise_generators(0, [0])[0])[None]
-    for t in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(torch.cat([x] * 2), t)
-        if bf16:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # casts the weights once
+        for t in scheduler.timesteps:
+            inputs = scheduler.scale_model_input(torch.cat([x] * 2), t)
+            if bf16:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
             eps = unet(inputs, t, encoder_hidden_states=states, return_dict=False)[0].float()
-        eps_null, eps_text = eps.chunk(2)
-        eps = eps_null + GUIDANCE * (eps_text - eps_null)
-        x = scheduler.step(eps, t, x, return_dict=False)[0]
+            eps_null, eps_text = eps.chunk(2)
+            eps = eps_null + GUIDANCE * (eps_text - eps_null)
+            x = scheduler.step(eps, t, x, return_dict=False)[0]
     return x.flatten(2)  # 24 × 21 row by row: 504 frames
 
 
-def flops_of_a_step(states: Tensor) -> int:
-    """Of all matrix products and convolutions of the network's two calls in one."""
-    with torch.device("meta"):
-        unet = UNet(UNetConfig())
-        x = torch.empty(2, unet.config.in_channels, *GRID)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(x, 1, states.to("meta"))
-    return counter.get_total_flops()
+def betas_of(alphas_cumprod: Tensor) -> np.ndarray:
+    """β_t, as diffusers' schedulers take them."""
+    before = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
+    return (1 - alphas_cumprod / before).numpy()
 
 
 def peak_flops(dtype: torch.dtype, size: int = 4096) -> float:
@@ -111,7 +107,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     states = torch.randn(2, TOKENS, 1024)
-    flops = flops_of_a_step(states)
+    with torch.device("meta"):
+        flops = 2 * forward_flops(UNet(UNetConfig()))
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         peak = peak_flops(dtype)
         print(f"{name}: {peak / 1e9:.0f} GFLOP/s in a matrix product; a step's {flops / 1e9:.0f} "

@@ -1,13 +1,16 @@
 """What `python sample.py "dog barking"` costs, where the time goes, and how it grows.
 
-cold      the command itself, from a process that isn't there yet: seconds, peak memory
-parts     imports, loading, one clip: text encoder, U-Net, phase reconstruction
-steps     a clip's time against denoising steps: should be linear
-batch     time a clip and memory against prompts in a batch: should fall
-ranks     training steps a second at one global batch, on 1 and 2 ranks of torchrun
+The embedded model, on this machine:
 
-python -m benchmarks.tiny                   all of them, five minutes on 2 CPU cores
-python -m benchmarks.tiny cold parts
+    cold      the command itself, from a process that isn't there yet: seconds, peak memory
+    parts     imports, loading, one clip: text encoder, U-Net, phase reconstruction
+    steps     a clip's time against denoising steps: should be linear
+    batch     time a clip and memory against prompts in a batch: should fall
+    ranks     training steps a second at one global batch, on 1 and 2 ranks of torchrun (on tiny/'s
+              scenes, which are composed first if they aren't there: five minutes)
+
+    python -m benchmarks.tiny                   all of them, five minutes on 2 CPU cores
+    python -m benchmarks.tiny cold parts
 """
 
 import argparse
@@ -26,11 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def command(*arguments: str) -> tuple[float, float, float]:
     """Wall and CPU seconds and peak memory in GiB of `python …`."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        sys.exit(f"error: python {' '.join(arguments)} failed")
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        if status:
+            errors.seek(0)
+            sys.exit(f"error: python {' '.join(arguments)}:\n{errors.read().decode()[-2000:]}")
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
@@ -85,12 +90,12 @@ def steps() -> None:
 
 def batch() -> None:
     code = """
-import resource, sys, time, sample
+import sys, time, sample
 n, model = int(sys.argv[1]), sample.load_model()
 sample.generate(model, ["dog"] * n, steps=2, batch_size=n)
 start = time.perf_counter()
 sample.generate(model, ["dog"] * n, batch_size=n)
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+memory = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20
 print(f"batch {n:3}: {(time.perf_counter() - start) / n:6.2f} s a clip, {memory:.2f} GiB")
 """
     for n in (1, 2, 4, 8, 16, 32):

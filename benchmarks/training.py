@@ -14,8 +14,8 @@ At full width (861,022,528 parameters with gradients, AdamW's two moments and EM
 
 import argparse
 import os
-import resource
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +32,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 import train
 from benchmarks.data import RandomCodes
+from benchmarks.sampling import betas_of
 from latents import CLIP_SAMPLES, EncodecCodec, MelCodec, encode_dataset
 from unet import to_diffusers_config
 
@@ -46,9 +47,7 @@ class Example(train.Run):
             self.unet.parameters(), c.lr, (0.9, c.beta2), weight_decay=c.weight_decay
         )
         self.ema = EMAModel(self.unet.parameters(), decay=c.ema_decay)
-        a = self.alphas_cumprod
-        betas = 1 - a / torch.cat([torch.ones(1, dtype=a.dtype), a[:-1]])
-        self.scheduler = DDPMScheduler(trained_betas=betas.numpy())
+        self.scheduler = DDPMScheduler(trained_betas=betas_of(self.alphas_cumprod))
 
     def make_unet(self) -> UNet2DConditionModel:
         ours = super().make_unet()
@@ -106,10 +105,17 @@ def prepare(folder: Path, preset: str, clips: int) -> train.Config:
         mask="none",
         prediction="eps",
         schedule_shift=1.0,
+        overlap=0,
         balanced=False,
         val_clips=1,
         gradient_checkpointing=False,
     )
+
+
+def peak_memory() -> float:
+    """GiB of this process (its ru_maxrss would begin at its parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def measure(kind: type[train.Run], c: train.Config, steps: int) -> dict:
@@ -120,8 +126,7 @@ def measure(kind: type[train.Run], c: train.Config, steps: int) -> dict:
         started = time.perf_counter()
         losses.append(run.train_step(batches)["loss"])
         times.append(time.perf_counter() - started)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": statistics.median(times[1:]), "GiB": memory, "loss": losses[0]}
+    return {"seconds": statistics.median(times[1:]), "GiB": peak_memory(), "loss": losses[0]}
 
 
 def main() -> None:
@@ -152,6 +157,8 @@ def main() -> None:
                 print(f"round {number + 1}: {name:10} {r['seconds']:.3f} s a step, {r['GiB']:.2f} "
                       f"GiB, first loss {r['loss']:.6f}", flush=True)  # fmt: skip
     theirs, ours = results.values()
+    if any(abs(a["loss"] / b["loss"] - 1) > 0.01 for a, b in zip(theirs, ours, strict=True)):
+        sys.exit("error: the first losses differ: it isn't the same step that was timed")
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(theirs, ours, strict=True)]
     print(f"\n{args.preset}, batch {args.batch_size}, {torch.get_num_threads()} threads: "
           f"{statistics.median(ratios):.2f}x as fast as diffusers ({min(ratios):.2f} to "

@@ -1,4 +1,4 @@
-"""Damaged and hostile input for everything here that reads a file.
+"""Damaged and hostile input for what reads files: the core, adapters, data sets and captions.
 
 A *target* is a folder of good files and a function that reads it. An *input* is that folder with
 one file mutated: bits flipped, pieces lost, doubled or inserted, numbers huge, JSON values of the
@@ -297,6 +297,7 @@ def make_targets(root: Path) -> dict[str, Target]:
     )
     about = {"text_encoder": str(root / "bert"), "max_length": 24, "mask": "none", "guidance": 3}
     about |= {"codec": MelCodec().settings(), "schedule": "cosine", "schedule_shift": 0.5}
+    about["overlap"] = 1
     (root / "model/model.json").write_text(json.dumps(about | {"prediction": "x0"}))
     model = sample.load_model(root / "model")
     options = "--steps 1 --precision fp32 --out out".split()

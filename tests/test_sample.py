@@ -202,6 +202,21 @@ def test_what_the_network_is_called_with(model):
     assert torch.equal(text, model.encoder(["loud"] * 3 + prompts)[0])
 
 
+def test_weights_are_cast_to_bf16_once(model):
+    """At every step anew it would take twice as long at full width."""
+    weight = model.unet.conv_in.weight
+    copies = []
+
+    def network(x_t, t, text, mask):
+        copies.append(torch.ops.aten.conv2d(x_t, weight).dtype)
+        assert torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+        return torch.zeros_like(x_t)
+
+    generate(replace(as_latents(model), unet=network), ["dog"], steps=3)
+    assert copies == [torch.bfloat16] * 4
+    assert all(p.requires_grad for p in model.unet.parameters())  # or they wouldn't be kept
+
+
 def test_rows_are_shown_with_their_neighbours(model):
     network = Recorder()
     wide = replace(as_latents(model), unet=network, overlap=3)
