@@ -245,14 +245,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="peak [0.001]")
     args = parser.parse_args(arguments)
     generated.check_options(parser, args)
-    if args.audio and not args.test:
-        parser.error("--audio needs --test: features of clips that weren't trained on")
     if min(args.steps, args.batch_size, args.factor) < 1 or min(args.seeds) < 0:
         parser.error("--steps, --batch-size and --factor are 1 or more, --seeds 0 or more")
     if not 0 <= args.alpha <= 1 or args.lr <= 0:
         parser.error("--alpha is 0 to 1, --lr above 0")
     if (most := max(SETS[name][0] for name in args.sets)) > args.times:
         parser.error(f"--times {args.times}: these --sets need {most}")
+    if args.audio and not args.test:
+        parser.error("--audio needs --test: features of clips that weren't trained on")
     return args
 
 
