@@ -16,8 +16,9 @@ seen row by row as a picture of 128 channels, each brought to mean 0 and standar
 
 As in the papers, 16 kHz audio goes into the 24 kHz EnCodec without resampling, and what comes out
 is played at 16 kHz. Departures: height 24 and width 21, as in their code (the text says 21 × 24);
-codes are stored as uint16, a quarter of their 63 GB and lossless; and there is a second codec that
-needs no weights, a log-mel spectrogram, sharpened across its bands, with Griffin-Lim.
+codes are stored as uint16, a quarter of their 63 GB and lossless; there is a second codec that
+needs no weights, a log-mel spectrogram, sharpened across its bands, with Griffin-Lim; and rows of
+the picture may be shown with frames of their neighbours (`widen`).
 
     python latents.py encode AUDIO_FOLDER TABLE --out FOLDER      (torchrun: a share for each rank)
     python latents.py check FOLDER
@@ -669,19 +670,19 @@ class LatentDataset:
             what = "unfinished, run what made it again" if begun else "not a stored data set"
             raise FileNotFoundError(f"{folder}: {what} (there is no dataset.json)")
         about = read_json(self.folder / "dataset.json", "codec", "labels", "shard_clips")
-        self.codec, self.labels = about["codec"], about["labels"]
+        self.codec, self.labels, clips = (about[key] for key in ("codec", "labels", "shard_clips"))
+        kinds = (self.codec, dict), (self.labels, list), (clips, list)
+        fits = all(isinstance(value, kind) for value, kind in kinds)
+        if not fits or not all(type(n) is int and 0 <= n < 2**40 for n in clips):
+            raise ValueError(f"{folder}/dataset.json: damaged, it has values of another kind")
         self.stats = LatentStats.load(self.folder / "latent_stats.safetensors")
         self._shards: dict[int, np.ndarray] = {}  # those that have been opened
-        kinds = (self.codec, dict), (self.labels, list), (about["shard_clips"], list)
-        fits = all(isinstance(value, kind) for value, kind in kinds)
-        clips = about["shard_clips"] if fits else []
-        fits = fits and all(type(n) is int and 0 <= n < 2**40 for n in clips)
-        self._starts = np.cumsum([0, *(clips if fits else [])])  # each shard's first clip
+        self._starts = np.cumsum([0, *clips])  # each shard's first clip
         self._offsets = self._map("record_offsets.npy")
         self._label_ids = self._map("label_ids.npy")
         self._label_starts = self._map("label_starts.npy")
         sizes = (len(self),), (len(self) + 1,)
-        if not fits or (self._offsets.shape, self._label_starts.shape) != sizes:
+        if (self._offsets.shape, self._label_starts.shape) != sizes:
             raise ValueError(f"{folder}: damaged, its files don't fit together")
 
     def _map(self, name: str, dims: int = 1) -> np.ndarray:

@@ -120,8 +120,8 @@ def load_model(
     if encoder.dim != (c.text_dim or c.cross_attention_dim):
         raise ValueError(f"{folder}: its U-Net is not for text states {encoder.dim} wide")
     unet.to(device, memory_format=torch.channels_last)
-    about = alphas_cumprod, prediction, guidance, device, overlap
-    return Model(unet, encoder, codec, stats, *about)
+    settings = alphas_cumprod, prediction, guidance, device, overlap
+    return Model(unet, encoder, codec, stats, *settings)
 
 
 # ---- what appendix/adapt.py makes, added to a model ----------------------------------------------

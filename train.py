@@ -76,7 +76,7 @@ Count = Annotated[int, "1 or more", lambda x: x >= 1]
 NotNegative = Annotated[float, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "above 0", lambda x: x > 0]
 Share = Annotated[float, "0 to 1", lambda x: 0 <= x <= 1]
-RowShare = Annotated[int, "0 to 21", lambda x: 0 <= x <= GRID[1]]
+Frames = Annotated[int, "0 to 21", lambda x: 0 <= x <= GRID[1]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Config:
     prediction: Literal[diffusion.PREDICTIONS] = "x0"  # what the U-Net predicts; the papers: eps
     schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
     schedule_shift: Positive = 0.3  # its signal-to-noise ratio times shift²; the papers: 1
-    overlap: RowShare = 2  # frames of its neighbours that a row of the grid is shown with
+    overlap: Frames = 2  # frames of its neighbours that a row of the grid is shown with
     # The optimisation
     steps: Count = 10_000  # length of the run; the learning rate follows it: it can't change later
     batch_size: Count = 8  # clips a rank and forward pass

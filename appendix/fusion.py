@@ -19,8 +19,8 @@ fusion is "pure concatenation": w_k·[c_k of the audio; c_k of the video], each 
     python -m appendix.fusion train … --tagger runs/taltrans/tagger.safetensors    by its states
 
 What AUDIO, FOLDER and run.jsonl are, appendix/audio_visual.py says. A clip without video goes by
-its audio. `simulate` makes videos and scores up: it shows whether the formula does what it
-should, and nothing about real videos.
+its audio; "video" and "concatenation" see zeros there. `simulate` makes videos and scores up: it
+shows whether the formula does what it should, and nothing about real videos.
 """
 
 import argparse

@@ -86,13 +86,13 @@ def prepare(folder: Path, preset: str, clips: int) -> train.Config:
         codec = RandomCodes()
         codec.settings = EncodecCodec(weights).settings
     rows = [
-        {"id": f"{i}", "file": f"{i}", "captions": [f"sound {i}"], "labels": ["sound"]}
+        {"id": f"{i}", "file": f"{i}", "captions": [f"a dog {i}"], "labels": ["sound"]}
         for i in range(clips)
     ]
     encode_dataset(
         folder / "data", codec, rows, lambda row: 0.1 * torch.randn(1, CLIP_SAMPLES), batch_size=4
     )
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "sound", *map(str, range(clips))]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", *map(str, range(clips))]
     sizes = {"hidden_size": 1024 if paper else 384, "intermediate_size": 64}
     sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": len(pieces)}
     BertModel(BertConfig(**sizes)).save_pretrained(folder / "text")
