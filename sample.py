@@ -49,7 +49,8 @@ import safetensors
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm import tqdm
 
 import diffusion
@@ -69,7 +70,7 @@ PROMPT_KEYS, NAME_KEYS = ("prompt", "caption", "captions"), ("name", "file", "yo
 class Model:
     """A model folder, loaded: all that stands between a prompt and a sound."""
 
-    unet: UNet
+    unet: nn.Module  # a UNet, perhaps with a ControlNet
     encoder: TextEncoder
     codec: latents.EncodecCodec | latents.MelCodec
     stats: latents.LatentStats
@@ -107,7 +108,6 @@ def load_model(
         raise ValueError(f"{folder}/model.json: damaged, or not of a model folder ({e!r})") from e
     encoder = TextEncoder(*text, device=device)
     codec = latents.load_codec(codec, device, encodec_weights)
-    # Its parameters require grad, or autocast would cast them to bf16 at every step anew.
     unet = UNet.from_pretrained(folder / "unet").eval()
     stats = latents.LatentStats.load(folder / "latent_stats.safetensors")
 
@@ -176,17 +176,25 @@ def add_control(model: Model, folder: str | Path, wave: Tensor) -> None:
     ValueError for another U-Net's."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    unet, net = model.unet, ControlNet.from_pretrained(folder)
-    if net.config != unet.config:
+    net = ControlNet.from_pretrained(folder)
+    if net.config != model.unet.config:
         raise ValueError(f"{folder}: the ControlNet of another U-Net")
     net.eval().to(model.device, memory_format=torch.channels_last)
     stored = model.codec.encode(latents.to_clips(wave).to(model.device))
     picture = latents.widen(latents.loudness(model.codec, stored), model.overlap)  # [1, 1, 24, 21]
+    model.unet = Controlled(model.unet, net, picture)
 
-    def controlled(x_t: Tensor, *rest) -> Tensor:
-        return unet(x_t, *rest, control=net(picture.expand(len(x_t), -1, -1, -1), x_t, *rest))
 
-    model.unet = controlled
+class Controlled(nn.Module):
+    """A U-Net and the ControlNet that makes it follow `picture` [1, 1, 24, 21]."""
+
+    def __init__(self, unet: UNet, net: ControlNet, picture: Tensor):
+        super().__init__()
+        self.unet, self.net, self.picture = unet, net, picture
+
+    def forward(self, x_t: Tensor, *rest) -> Tensor:
+        control = self.net(self.picture.expand(len(x_t), -1, -1, -1), x_t, *rest)
+        return self.unet(x_t, *rest, control=control)
 
 
 def file_and_scale(text: str) -> tuple[str, float]:
@@ -282,6 +290,10 @@ def generate(
         x_init = latents.to_grid(model.stats.normalize(model.codec.dequantize(stored)))
         first = timesteps[-max(1, round(strength * steps)) :]
 
+    # In bf16 once. Autocast alone would cast those of Conv3x3 at every step: it keeps no views.
+    weights = dict(model.unet.named_parameters()) if precision == "bf16" else {}
+    weights = {name: W.bfloat16() for name, W in weights.items() if W.dim() > 1}
+
     batches = range(0, len(prompts), batch_size)
     calls = len(first) + (windows - 1) * steps + windows * (sampler == "pndm")
     bar = tqdm(total=calls * len(batches), unit="step", leave=False, disable=not progress or None)
@@ -304,7 +316,7 @@ def generate(
             if watch is not None:
                 watch(t, latents.to_sequence(x_t[:n]))
             x_t = latents.widen(x_t, model.overlap).contiguous(memory_format=torch.channels_last)
-            predicted = model.unet(x_t, t, text, mask)
+            predicted = functional_call(model.unet, weights, (x_t, t, text, mask))
             return predicted[..., model.overlap : model.overlap + latents.GRID[1]].float()
 
         eps = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
@@ -323,7 +335,6 @@ def generate(
             x = samplers[sampler](eps, x, alphas_cumprod, steps, timesteps=timesteps, **options)
             return torch.where(kept, known, x)  # the samplers end at ᾱ_0, not quite at 1
 
-        # Around all steps, since autocast keeps the weights' bf16 copies until it ends.
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             pieces = [denoise(x_init, kept, first, init_audio is not None and strength < 1)]
             for _ in range(windows - 1):  # rows of the grid are time: a row is 0.42 s

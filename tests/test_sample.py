@@ -21,6 +21,7 @@ import torch
 from conftest import save_bert
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import diffusion
 import sample
@@ -117,26 +118,28 @@ def as_latents(model):
     return replace(model, codec=codec)
 
 
-class Recorder:
+class Recorder(nn.Module):
     """A network that keeps what it is called with, and predicts nothing."""
 
     def __init__(self):
+        super().__init__()
         self.calls = []
 
-    def __call__(self, x_t, t, text, mask):
+    def forward(self, x_t, t, text, mask):
         self.calls.append((x_t.clone(), t, text, mask))
         return torch.zeros_like(x_t)
 
 
-class Oracle:
+class Oracle(nn.Module):
     """A network that knows x_0 [B, C, 24, 21], and so the ε (or v) in any x_t. It is wrong by ±1
     without and by ±1·(s − 1)/s with the prompt, which guidance of scale s cancels, if it is right.
     """
 
     def __init__(self, x_0, model, scale):
+        super().__init__()
         self.x_0, self.model, self.scale = x_0, model, scale
 
-    def __call__(self, x_t, t, text, mask):
+    def forward(self, x_t, t, text, mask):
         alphas_cumprod, x_0 = self.model.alphas_cumprod, torch.cat([self.x_0, self.x_0])
         a = alphas_cumprod[t].item()
         eps = (x_t - a**0.5 * x_0) / (1 - a) ** 0.5
@@ -202,29 +205,41 @@ def test_what_the_network_is_called_with(model):
     assert torch.equal(text, model.encoder(["loud"] * 3 + prompts)[0])
 
 
-def test_weights_are_cast_to_bf16_once(model):
-    """At every step anew it would take twice as long at full width."""
-    weight = model.unet.conv_in.weight
-    copies = []
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_weights_are_cast_to_bf16_once(model, precision):
+    """At every step anew it would take twice as long at full width. The model's own stay as they
+    are."""
 
-    def network(x_t, t, text, mask):
-        copies.append(torch.ops.aten.conv2d(x_t, weight).dtype)
-        assert torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
-        return torch.zeros_like(x_t)
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.seen = nn.Linear(3, 3), []
 
-    generate(replace(as_latents(model), unet=network), ["dog"], steps=3)
-    assert copies == [torch.bfloat16] * 4
-    assert all(p.requires_grad for p in model.unet.parameters())  # or they wouldn't be kept
+        def forward(self, x_t, t, text, mask):
+            self.seen.append(self.linear.weight)
+            assert self.linear.bias.dtype == torch.float32  # as are those of the norms
+            assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+            return torch.zeros_like(x_t)
+
+    network = Network()
+    generate(replace(as_latents(model), unet=network), ["dog"], steps=3, precision=precision)
+    assert len(network.seen) == 4 and len(set(map(id, network.seen))) == 1
+    assert network.seen[0].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert network.linear.weight.dtype == torch.float32
 
 
 def test_rows_are_shown_with_their_neighbours(model):
+    class Tanh(nn.Module):
+        def forward(self, x_t, t, text, mask):
+            return x_t.tanh()
+
     network = Recorder()
     wide = replace(as_latents(model), unet=network, overlap=3)
     generate(wide, ["dog"], steps=3)
     x_t = network.calls[0][0]
     assert x_t.shape == (2, CHANNELS, 24, 27)
     assert torch.equal(x_t[:, :, 1:, :6], x_t[:, :, :-1, -6:])
-    each_frame_alone = replace(wide, unet=lambda x_t, *_: x_t.tanh())
+    each_frame_alone = replace(wide, unet=Tanh())
     without = replace(each_frame_alone, overlap=0)
     assert torch.equal(generate(each_frame_alone, ["dog"]), generate(without, ["dog"]))
 

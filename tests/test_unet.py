@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from unet import UNet, UNetConfig, load_config, to_diffusers_config
+from unet import Conv3x3, UNet, UNetConfig, load_config, to_diffusers_config
 
 SMALL = UNetConfig(
     in_channels=8,
@@ -195,6 +196,22 @@ def test_one_unmasked_token_makes_cross_attention_rank_1():
         return torch.linalg.matrix_rank(heads).max().item()
 
     assert [rank(n) for n in (1, 2, 3, 7)] == [1, 2, 3, 7]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(3, 3), (6, 7), (24, 21)])
+def test_convolutions_of_few_pixels_are_convolutions(stride, height, width):
+    """Output and gradients, whichever way it is computed."""
+    torch.manual_seed(0)
+    conv = Conv3x3(8, 128, stride).double().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, height, width, dtype=torch.float64, requires_grad=True)
+    variables, expected = (x, conv.weight, conv.bias), F.conv2d(x, *conv.parameters(), stride, 1)
+    ours, weight = conv(x), torch.randn_like(expected)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(
+        *(torch.autograd.grad((y * weight).sum(), variables) for y in (ours, expected))
+    ):
+        torch.testing.assert_close(a, b)
 
 
 def test_batch_and_integer_timesteps():
