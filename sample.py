@@ -315,7 +315,7 @@ def generate(
             bar.update()
             if watch is not None:
                 watch(t, latents.to_sequence(x_t[:n]))
-            x_t = latents.widen(x_t, model.overlap).contiguous(memory_format=torch.channels_last)
+            x_t = latents.widen(x_t, model.overlap)
             predicted = functional_call(model.unet, weights, (x_t, t, text, mask))
             return predicted[..., model.overlap : model.overlap + latents.GRID[1]].float()
 

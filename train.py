@@ -264,7 +264,7 @@ class Run:
         alphas_cumprod = diffusion.SCHEDULES[c.schedule]()
         self.alphas_cumprod = diffusion.shifted(alphas_cumprod, c.schedule_shift).to(self.device)
         torch.manual_seed(c.seed)  # of the layers that --init doesn't bring
-        self.unet = self.make_unet().to(self.device, memory_format=torch.channels_last)
+        self.unet = self.make_unet().to(self.device, memory_format=layout(self.device))
         self.ema = copy.deepcopy(self.unet).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), c.lr, (0.9, c.beta2), weight_decay=c.weight_decay, fused=True
@@ -367,10 +367,10 @@ class Run:
     def network(self, model, x_t: Tensor, *rest) -> Tensor:
         """What `model` predicts for x_t [B, 128, 24, 21], float32 of the same shape."""
         overlap = self.c.overlap
-        x_t = widen(x_t, overlap).contiguous(memory_format=torch.channels_last)
         bf16 = self.c.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return model(x_t, *rest)[..., overlap : overlap + GRID[1]].float()
+            predicted = model(widen(x_t, overlap), *rest)
+        return predicted[..., overlap : overlap + GRID[1]].float()
 
     def train_step(self, batches: list) -> dict:
         """One step of AdamW on this step's batches (one for each --accumulate)."""
@@ -621,6 +621,12 @@ def compose_tiny() -> None:
 def sha256(paths: list[Path]) -> str:
     """Of what is in these files; its beginning."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """Of the weights, and so of what convolutions give: as a GPU's matrix units read it; on a CPU,
+    where group norms and gradients would be slow in that, as it is."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def peak_memory(device: torch.device) -> float:

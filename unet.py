@@ -154,7 +154,12 @@ class Attention(nn.Module):
             return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
 
         q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # P2 eq. 1
+        if x.is_cuda:
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # P2 eq. 1
+        else:  # the same, whose gradient takes several times as long in PyTorch's kernel for CPUs
+            scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # [B, heads, N, L]
+            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+            z = scores.softmax(dim=3) @ v
         return self.to_out[0](z.transpose(1, 2).flatten(2))  # [B, N, width]
 
 

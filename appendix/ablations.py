@@ -129,10 +129,6 @@ class PictureUNet(UNet):
     def forward(self, x_t: Tensor, *rest) -> Tensor:
         return from_picture(super().forward(to_picture(x_t), *rest))
 
-    def to(self, *args, memory_format=None, **options) -> "PictureUNet":
-        """Not channels last: on a CPU, GroupNorm's backward pass would be half of a step."""
-        return super().to(*args, **options)
-
 
 class Picture(Run):
     def make_unet(self) -> UNet:
@@ -181,7 +177,7 @@ class ConcatenatedUNet(UNet):
         mask = torch.ones_like(text[..., 0]) if text_mask is None else text_mask.to(text)
         mean = (mask[..., None] * text).sum(1) / mask.sum(1, keepdim=True)  # [B, dim]
         channels = self.text_in(mean)[:, :, None, None].expand(-1, -1, *x_t.shape[2:])
-        x = torch.cat([x_t, channels.to(x_t)], 1).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([x_t, channels.to(x_t)], 1)
         return super().forward(x, t, text, None, *rest)  # [B, 2C, H, W] -> [B, C, H, W]
 
 

@@ -51,7 +51,7 @@ import sample
 import train
 from captions import TextEncoder
 from evaluate import sounds_of
-from train import Run
+from train import Run, layout
 from unet import ControlNet, UNet
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "model"
@@ -86,7 +86,7 @@ class Beside(Run):
 
     def make_unet(self) -> nn.Module:
         base = super().make_unet().requires_grad_(False)
-        self.base: UNet = base.to(self.device, memory_format=torch.channels_last)
+        self.base: UNet = base.to(self.device, memory_format=layout(self.device))
         return self.make_part()
 
 

@@ -205,7 +205,7 @@ def random_lora(run, seed):
 
 def test_lora_begins_as_the_model_itself(root, prepare):
     run = begin(prepare, "lora")
-    unet = UNet.from_pretrained(root / "model").to(memory_format=torch.channels_last)
+    unet = UNet.from_pretrained(root / "model")
     # One transformer down, two up, one in the middle: eight projections each.
     assert len(run.layers) == 4 * 8 and "mid_block.attentions.0" in " ".join(run.layers)
     _, captions, stored, t, noise = run.batch(0, 0)
@@ -365,7 +365,7 @@ def test_dreambooth_with_lora(prepare, tmp_path):
 
 def test_a_new_controlnet_changes_nothing(root, prepare):
     run = begin(prepare, "controlnet")
-    unet = UNet.from_pretrained(root / "model").to(memory_format=torch.channels_last)
+    unet = UNet.from_pretrained(root / "model")
     picture = torch.randn(2, 1, 24, 21)
     with torch.no_grad():
         plain = unet(*batch())
