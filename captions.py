@@ -608,10 +608,10 @@ def template(record: dict) -> str:
     return "The sound of " + ", ".join(record["labels"])  # P2, A: "The sound of [CLASS]"
 
 
-def _about(prompt, p, temperature):
+def _about(prompt, p, temperature, seed):
     """What a record's history says of an answer of the LLM."""
     about = {"model": p.llm, "prompt": prompt.table, "shots": p.shots}
-    return about | {"temperature": temperature, "seed": p.seed}
+    return about | {"temperature": temperature, "seed": seed}
 
 
 def _ask(records, p, key, prompt, queries, fallback, check=lambda record, answer: ""):
@@ -621,6 +621,7 @@ def _ask(records, p, key, prompt, queries, fallback, check=lambda record, answer
     that it is fallback(record). The history keeps what was rejected, and why.
     """
     answers, rejected = [""] * len(records), [[] for _ in records]
+    drawn = [(p.temperature, p.seed)] * len(records)
     for again in range(2):
         todo = [i for i, answer in enumerate(answers) if not answer]
         texts = [prompt.text(queries[i], p.shots) for i in todo]
@@ -637,11 +638,10 @@ def _ask(records, p, key, prompt, queries, fallback, check=lambda record, answer
             if reason := reasons[0] if reasons else check(records[i], answer):
                 rejected[i].append({"answer": answer, "reason": reason})
             else:
-                answers[i] = answer
-    about = _about(prompt, p, p.temperature)
+                answers[i], drawn[i] = answer, (temperature, p.seed + again)
     return [
-        ({key: answer or fallback(record)}, {**about, "rejected": wrong})
-        for record, answer, wrong in zip(records, answers, rejected)
+        ({key: answer or fallback(record)}, _about(prompt, p, *how) | {"rejected": wrong})
+        for record, answer, wrong, how in zip(records, answers, rejected, drawn)
     ]
 
 
@@ -800,7 +800,10 @@ def entail(records, p):
             found = [x for x in map(parse_score, answers) if x is not None]
             scores[i]["llm"] = round(sum(found) / len(found), 4) if found else None
             spread = round(max(found) - min(found), 4) if found else None
-            how[i] |= _about(prompts[i], p, temperature) | {"answers": answers, "spread": spread}
+            how[i] |= _about(prompts[i], p, temperature, p.seed) | {
+                "answers": answers,
+                "spread": spread,
+            }
     for key, encoder in p.encoders.items():
         for i, score in enumerate(cosine(encoder, first, second)):
             scores[i][key], how[i][f"{key}_model"] = score, encoder.name

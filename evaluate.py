@@ -388,10 +388,11 @@ def hear(sounds: Sounds, classifier: Cnn14, **options) -> Features:
     """`embed` by a classifier: its embedding and its logits, side by side."""
 
     def network(waves: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return torch.cat(classifier(waves.to(classifier.mel.device)), 1)
 
-    return embed(sounds, network, f"cnn14 {classifier.sha256}", **options)
+    tag = f"cnn14 {classifier.sha256} {file_sha256(Path(__file__))}"  # other code, other numbers
+    return embed(sounds, network, tag, **options)
 
 
 @torch.no_grad()
@@ -433,18 +434,18 @@ def clap_score(name: str, group: Sounds, captions: dict[str, str], device, **opt
 
 
 def read_table(path: Path) -> dict[str, str]:
-    """id -> caption, from a CSV with the columns youtube_id (or name) and caption (or prompt).
+    """id -> caption, from a CSV with the columns name (or youtube_id) and prompt (or caption).
     Of several captions the first counts: AudioCaps' test.csv has five a clip."""
     captions, rows = {}, 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
                 rows += 1
-                name = row["youtube_id"] if "youtube_id" in row else row["name"]
-                captions.setdefault(name, row["caption"] if "caption" in row else row["prompt"])
+                name = row["name"] if "name" in row else row["youtube_id"]
+                captions.setdefault(name, row["prompt"] if "prompt" in row else row["caption"])
     except (UnicodeDecodeError, csv.Error, KeyError) as e:
-        raise ValueError(f"{path}, row {rows}: expected the columns youtube_id (or name) and "
-                         f"caption (or prompt) ({e!r})") from e  # fmt: skip
+        raise ValueError(f"{path}, row {rows}: expected the columns name (or youtube_id) and "
+                         f"prompt (or caption) ({e!r})") from e  # fmt: skip
     if not captions or None in captions.values():
         raise ValueError(f"{path}: no rows, or rows without a caption")
     return captions
@@ -653,7 +654,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("reference", type=Path, help="folder of real sounds; those of the same name are pairs")
     add("--classifier", type=Path, default=CLASSIFIER, help="PANNs' Cnn14_16k_mAP=0.438.pth, or a "
         "Cnn14 of ours [tiny/classifier.safetensors; its FD compares with no other's]")  # fmt: skip
-    add("--table", type=Path, help="CSV of youtube_id or name, and caption: which clips to take")
+    add("--table", type=Path, help="CSV of name or youtube_id, and caption: which clips to take")
     add(
         "--seeds",
         type=Path,

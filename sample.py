@@ -176,6 +176,8 @@ def add_control(model: Model, folder: str | Path, wave: Tensor) -> None:
     ValueError for another U-Net's."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
+    if isinstance(model.unet, Controlled):
+        raise ValueError(f"{folder}: a second ControlNet; there can be one, and LoRA before it")
     net = ControlNet.from_pretrained(folder)
     if net.config != model.unet.config:
         raise ValueError(f"{folder}: the ControlNet of another U-Net")
@@ -263,6 +265,8 @@ def generate(
     indices = list(range(len(prompts)) if indices is None else indices)
     alphas_cumprod, device = model.alphas_cumprod, model.device
     samplers = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.ddpm}
+    if precision not in ("bf16", "fp32"):
+        raise ValueError(f"precision {precision!r}: expected bf16 or fp32")
     if isinstance(prompts, str) or not 0 < len(prompts) == len(indices):
         raise ValueError(f"expected a list of prompts, as long as indices, not {prompts!r:.60}")
     if sampler not in samplers:
@@ -523,6 +527,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--to needs -n 2 or more: that many sounds from the prompt to the other one")
     if not all(1 <= i <= args.steps for i in args.steps_image):
         parser.error(f"--steps-image: expected steps of 1 to {args.steps}")
+    skipped = args.steps - max(1, round(args.strength * args.steps)) if args.init_audio else 0
+    if min(args.steps_image, default=args.steps) <= skipped:
+        parser.error(f"--steps-image: with this --strength the first step is {skipped + 1}")
     return args
 
 
@@ -572,6 +579,9 @@ def run(args: argparse.Namespace) -> None:
     about["init_audio"] = args.init_audio and args.init_audio.name
 
     timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), args.steps)
+    if timesteps[0] < 0.89 * len(model.alphas_cumprod) and args.init_audio is None:
+        print(f"warning: {args.steps} steps begin at t = {timesteps[0]}, as if noise were nearly a "
+              "sound: take 9 or more", file=sys.stderr)  # fmt: skip
     seen = {timesteps[i - 1]: None for i in args.steps_image}
 
     def watch(t: int, x_t: Tensor) -> None:

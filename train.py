@@ -232,8 +232,9 @@ class Run:
         names = ("plan.json", "dataset.json", "latent_stats.safetensors")
         sets = [data.folder / name for data in (self.data, self.val) for name in names]
         sources = sorted(Path(__file__).parent.glob("*.py"))
-        hashes = {"data (its hash)": sha256(sets), "source files (their hash)": sha256(sources)}
-        self.ranks_agree(asdict(c) | hashes)
+        self.hashes = {"data (its hash)": sha256(sets)}
+        self.source = sha256(sources)
+        self.ranks_agree(asdict(c) | self.hashes | {"source files (their hash)": self.source})
         n = len(self.val)
         self.val_indices = list(range(max(0, n - c.val_clips), n))
         self.clips = len(self.data) - (0 if val_data else len(self.val_indices))
@@ -471,7 +472,8 @@ class Run:
             "step": self.step,
             "config": asdict(self.c),
             "global_batch": self.global_batch,
-            "clips": len(self.data),
+            "source": self.source,
+            **self.hashes,
             "unet": self.unet.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -530,13 +532,19 @@ class Run:
         except Exception as e:  # of many types: a damaged byte leads the unpickler anywhere
             raise OSError(f"{e!r:.100}") from e
         mine = {k: v for k, v in asdict(self.c).items() if k not in MAY_CHANGE}
-        mine |= {"global_batch": self.global_batch, "clips": len(self.data)}
+        mine |= {"global_batch": self.global_batch, **self.hashes}
         advice = "give the old value to go on, another --out for a new run, or "
         advice += f"--init {self.out}/model to train further"
         must_agree(f"{self.out}: its run has", saved["config"] | saved, mine, advice)
         self.unet.load_state_dict(saved["unet"])
         self.ema.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for p, state in self.optimizer.state.items():  # laid out as the weights are: AdamW's fused
+            for name, value in state.items():  # kernels take memory as it comes
+                if value.shape == p.shape:
+                    state[name] = torch.empty_like(p, requires_grad=False).copy_(value)
+        if self.rank == 0 and saved["source"] != self.source:
+            print(f"{path}: its source files were others; this may not be what it would have been")
         self.step = int(saved["step"])
 
 

@@ -113,10 +113,11 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         step = self.stride[0]
+        pixels = len(x) * math.prod(1 + (n - 1) // step for n in x.shape[2:])  # of the output
+        if x.device.type != "cpu" or 2 * pixels > self.out_channels:
+            return super().forward(x)
         x_padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
         patches = x_padded.unfold(1, 3, step).unfold(2, 3, step)  # [B, H', W', in_channels, 3, 3]
-        if x.device.type != "cpu" or 2 * patches[..., 0, 0, 0].numel() > self.out_channels:
-            return super().forward(x)
         patches = patches.permute(0, 1, 2, 4, 5, 3).flatten(3)  # [B, H', W', 9 · in_channels]
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out_channels, 9 · in_channels]
         return F.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
@@ -140,6 +141,14 @@ class ResnetBlock(nn.Module):
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """P2 eq. 1: softmax(QKᵀ/√d)·V for q [B, heads, N, d], k and v [B, heads, L, d], mask
+    [B, 1, 1, L] or none. In bf16 the scores are rounded before the softmax."""
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # [B, heads, N, L]
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=3) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, context_dim: int):
         super().__init__()
@@ -154,12 +163,9 @@ class Attention(nn.Module):
             return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
 
         q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
-        if x.is_cuda:
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # P2 eq. 1
-        else:  # the same, whose gradient takes several times as long in PyTorch's kernel for CPUs
-            scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # [B, heads, N, L]
-            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-            z = scores.softmax(dim=3) @ v
+        # On CPUs, the gradient of PyTorch's kernel takes several times as long as ours.
+        attend = F.scaled_dot_product_attention if x.is_cuda else attention
+        z = attend(q, k, v, mask)
         return self.to_out[0](z.transpose(1, 2).flatten(2))  # [B, N, width]
 
 

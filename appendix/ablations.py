@@ -13,7 +13,8 @@
     python -m appendix.ablations captions --captions captions/labels.jsonl captions/filter.jsonl
     python -m appendix.ablations table                    what is on disk so far, as Markdown
 
-The arms of an ablation differ in one thing (and the picture has no rows to overlap). Clips, t and
+The arms of an ablation differ in one thing, but for the picture, whose network has other widths,
+and one mean and std for all bands, and no rows to overlap. Clips, t and
 noise of a step are the same, and captions where these aren't compared: they come of the seed and
 step (the noise of `codes` has other channels). So is what arms start from: the U-Net of --model or,
 where another architecture is compared, random weights; there both do. "scratch" is the arm that
@@ -62,7 +63,7 @@ from latents import LatentDataset, LatentStats, MelCodec, read_json, to_grid, to
 from tiny import judge
 from tiny.compose import CLIPS, HERE, Recordings, draw_scenes
 from train import Run
-from unet import TransformerBlock, UNet, UNetConfig, load_config, load_weights
+from unet import WEIGHTS, TransformerBlock, UNet, UNetConfig, load_config, load_weights
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class SameNoise(Run):
     schedule has more noise than another, and so more loss. (Scaled-linear never has as much as
     cosine's last 5 % of timesteps: there it is measured at its own last one.)
 
-    Both schedules are the papers', not shifted as the tiny model's is; so it favours neither.
+    Both schedules are the papers', not shifted as the tiny model's is. That one is nearer to
+    scaled-linear's (log SNR differs by 1.5 in the mean, from cosine's by 2.4), which favours it.
     """
 
     def loss(self, model, stored, captions, t, noise) -> Tensor:
@@ -317,13 +319,15 @@ class Captioned(LatentDataset):
 
 
 def captions_by_labels(path: str | Path | None) -> Callable[[dict], list[str]]:
-    """record -> captions: what a JSONL file of captions.py's (its `captions`, or before the step
-    `filter` its `audio_caption`) has for the same labels; else "The sound of A, B" (P2, A.2)."""
+    """record -> captions: what a JSONL file of captions.py's (after the step `filter` its
+    `captions`, before it `audio_caption`) has for the same labels; else "The sound of A, B" (P2,
+    A.2)."""
     table, lines = {}, Path(path).read_text(encoding="utf-8").splitlines() if path else []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            captions = record.get("captions") or [record["audio_caption"]]
+            # Before the step `filter`, `captions` may be the data's own.
+            captions = record["captions"] if "gate" in record else [record["audio_caption"]]
             table.setdefault(frozenset(record["labels"]), []).extend(captions)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}, line {number}: no record of captions.py ({e!r})") from e
@@ -351,6 +355,12 @@ class OtherCaptions(Run):
             choose = itemgetter("captions")
         else:
             choose = captions_by_labels(c.captions if c.captions != "labels" else None)
+        if c.captions not in ("wording", "labels"):
+            records = [self.data.record(i) for i in range(self.clips)]
+            plain = captions_by_labels(None)
+            other = sum(choose(record) != plain(record) for record in records)
+            print(f"{c.captions}: other captions than \"The sound of …\" for {other:,} of "
+                  f"{len(records):,} clips")  # fmt: skip
         self.data = Captioned(self.data.folder, choose)
         words = in_other_words()
         found = [i for i in range(len(self.val)) if self.val.record(i)["id"] in words]
@@ -405,13 +415,19 @@ def configure(name: str, arm: Arm, seed: int, steps: int, args) -> Config:
     unet = load_config(args.model)
     names = ("block_out_channels", "attention", "layers_per_block", "num_heads")
     options |= {key: getattr(unet, key) for key in (*names, "cross_attention_dim")}
-    options |= {"steps": steps, "warmup_steps": min(300, steps // 10), "sample_every": 0}
+    # The ends are trained alone at the full rate for a while: 1/60 are warm-up, as the papers'.
+    warmup = steps // 60 if arm.kind is NewEnds else min(300, steps // 10)
+    options |= {"steps": steps, "warmup_steps": warmup, "sample_every": 0}
     options |= {"validate_every": max(1, steps // 5), "checkpoint_every": max(1, steps // 5)}
     options |= {"data": args.data, "val_data": args.val_data, "batch_size": args.batch_size}
     options |= {"device": args.device, "precision": args.precision, "seed": seed}
     options |= {"init": str(args.model / "unet") if arm.warm else ""}
     options |= {"frozen_steps": round(arm.frozen * steps), **arm.settings}
     return Config(out=str(args.out / f"{name}-seed{seed}"), **options)
+
+
+def weights_hash(model: Path) -> str:
+    return evaluate.file_sha256(model / "unet" / f"{WEIGHTS}.safetensors")
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -518,7 +534,7 @@ def run_arm(ablation: str, name: str, arm: Arm, seed: int, steps: int, score, ar
     c = configure(name, arm, seed, steps, args)
     path = Path(f"{c.out}.json")
     config = {k: v for k, v in asdict(c).items() if k not in train.MAY_CHANGE}
-    config |= {"batch_size": c.batch_size}
+    config |= {"batch_size": c.batch_size, "model (its hash)": weights_hash(args.model)}
     if path.is_file():
         result = read_json(path, "config", "val_loss")
         advice = "give the old value, or another --out"
@@ -538,9 +554,10 @@ def run_arm(ablation: str, name: str, arm: Arm, seed: int, steps: int, score, ar
 def run_sampler(name: str, score: Judge, args: argparse.Namespace) -> None:
     """Score --model with another sampler."""
     path, (sampler, steps) = args.out / f"{name}-seed0.json", name.split("-")
-    about = score.settings(sampler=sampler, denoising_steps=int(steps), model=str(args.model))
-    result = read_json(path, "scores") if path.is_file() else {"scores": {"model": about["model"]}}
-    train.must_agree(f"{path} has", result["scores"], {"model": about["model"]}, "another --out")
+    model = {"model (its hash)": weights_hash(args.model)}
+    about = score.settings(sampler=sampler, denoising_steps=int(steps), **model)
+    result = read_json(path, "scores") if path.is_file() else {"scores": model}
+    train.must_agree(f"{path} has", result["scores"], model, "another --out")
     if not about.items() <= result["scores"].items():
         model = sample.load_model(args.model, args.device or None)
         scores = score(model, args.out / f"{name}-seed0" / f"sounds-{steps}", about)
@@ -559,8 +576,8 @@ def table(out: Path) -> str:
     results = [read_json(path, "arm") for path in sorted(out.glob("*-seed*.json"))]
     if not results:
         raise FileNotFoundError(f"{out}: no results yet; run an ablation first")
-    heads = "ablation arm seeds steps s/step parameters loss FD IS KL".split()
-    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * 8]
+    heads = "ablation arm seeds steps s/step parameters loss N FD IS KL".split()
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * 9]
     for ablation, arms in ABLATIONS.items():
         others = {r["arm"] for r in results if r["ablation"] == ablation} - set(arms)
         for arm in [*arms, *sorted(others)]:
@@ -571,7 +588,7 @@ def table(out: Path) -> str:
                 cells += [cell(rows[:1], "{:.2f}", "seconds"), cell(rows[:1], "{:,}", "parameters")]
                 cells += [cell(rows, loss, "val_loss")]
                 scores = [row.get("scores", {}) for row in rows]
-                cells += [cell(scores, "{:.4g}", key) for key in ("FD", "IS", "KL_softmax")]
+                cells += [cell(scores, "{:.4g}", key) for key in ("N", "FD", "IS", "KL_softmax")]
                 lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Loss: validation, of the averaged weights; in brackets: not to be compared."]
     scored = [r["scores"] for r in results if "scores" in r]
@@ -614,6 +631,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--minutes is above 0, --steps, --batch-size, --denoising-steps 1 or more")
     if args.clips < 2 or min(args.seeds or [0]) < 0:
         parser.error("--clips is 2 or more, --seeds 0 or more")
+    if args.name == "samplers" and (args.steps or args.seeds):
+        parser.error("samplers: nothing is trained, so there are no --steps and no --seeds")
     if args.captions and args.name != "captions":
         parser.error("--captions is for the ablation captions")
     if args.classifier is None and evaluate.CLASSIFIER.is_file():

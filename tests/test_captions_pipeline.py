@@ -241,7 +241,9 @@ def test_a_retry_that_helps_is_taken():
     p = pipeline(lambda query, temperature: "a dog barks." if temperature else "")
     (out,) = captions.run_step("labels", [record(["Dog", "Cat"])], p)
     assert out["audio_caption"] == "a dog barks."
-    assert [x["reason"] for x in out["history"][-1]["rejected"]] == ["empty"]
+    entry = out["history"][-1]
+    assert [x["reason"] for x in entry["rejected"]] == ["empty"]
+    assert entry["temperature"] == 0.7 and entry["seed"] == 1  # it is how this answer was drawn
 
 
 def test_merge_frames():

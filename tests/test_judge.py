@@ -78,6 +78,8 @@ def test_end_to_end(recordings, tmp_path, monkeypatch, capsys):
     arguments = ["--model", tmp_path / "model", "--classifier", tmp_path / "tagger.safetensors"]
     arguments += ["--out", tmp_path / "out", "--scenes", 20, "--clips", 1, "--steps", 3]
     judge.main([*map(str, arguments)])
+    with pytest.raises(SystemExit, match="begun with clips = 1, this command 2: choose another"):
+        judge.main([*map(str, arguments), "--clips", "2"])
     result = json.loads((tmp_path / "out" / "judge.json").read_text())
     assert set(result["classes"]) == set(recordings.names)
     assert set(result["sets"]) >= {"generated", "floor", "ceiling", "noise", "shuffled"}

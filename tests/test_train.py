@@ -506,6 +506,22 @@ def test_no_resume_sets_the_old_run_aside(whole, small, tmp_path, capsys):
     assert len(read_log(tmp_path / "run.2")) == 1
 
 
+def test_resume_in_another_layout(whole, small, tmp_path, monkeypatch, capsys):
+    """As from a GPU to a CPU: AdamW's moments are to lie in memory as the weights do."""
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(train, "layout", lambda device: torch.channels_last)
+    saved = checkpoint(tmp_path / "run", 8)["optimizer"]["state"]
+    run = Run(parse_args([*small, *EIGHT, "--out", str(tmp_path / "run")]))
+    run.source = "another"
+    train.load_newest(run)
+    assert "its source files were others" in capsys.readouterr().out
+    for i, p in enumerate(run.unet.parameters()):
+        state = run.optimizer.state[p]
+        assert torch.equal(state["exp_avg_sq"], saved[i]["exp_avg_sq"])
+        assert state["exp_avg_sq"].stride() == state["exp_avg"].stride() == p.stride()
+    assert run.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("what", ["loss nan", "loss inf", "gradient norm"])
 def test_numbers_that_arent_finite_stop_the_run(what, whole, small, tmp_path, monkeypatch):
     out = tmp_path / "run"

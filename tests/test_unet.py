@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from unet import Conv3x3, UNet, UNetConfig, load_config, to_diffusers_config
+from unet import (
+    Conv3x3,
+    UNet,
+    UNetConfig,
+    attention,
+    load_config,
+    to_diffusers_config,
+)
 
 SMALL = UNetConfig(
     in_channels=8,
@@ -182,6 +189,21 @@ def test_gradient_checkpointing_changes_nothing():
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
         assert a.abs().max() > 0  # every parameter is used
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_pytorchs(masked):
+    """What runs on CPUs, and what runs on GPUs: output and gradients."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (6, 5, 5))
+    mask = (
+        torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 1]]).bool()[:, None, None] if masked else None
+    )
+    outputs = [f(q, k, v, mask) for f in (attention, F.scaled_dot_product_attention)]
+    weights = torch.randn_like(outputs[0])
+    gradients = [torch.autograd.grad((z * weights).sum(), (q, k, v)) for z in outputs]
+    for ours, theirs in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_one_unmasked_token_makes_cross_attention_rank_1():

@@ -88,6 +88,8 @@ class Recordings:
                 seconds = soundfile.info(self.folder / row["file"]).duration
             except soundfile.LibsndfileError as error:
                 raise ValueError(f"{table}: {row['file']} can't be read ({error})") from error
+            if not seconds:
+                raise ValueError(f"{table}: {row['file']} is empty")
             take = {"file": row["file"], "seconds": seconds}
             self.classes[label][row["source_group"]].append(take)
         if not rows:

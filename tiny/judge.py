@@ -32,9 +32,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
-from latents import save_audio, write_aside
+from latents import read_json, save_audio, write_aside
 from sample import generate, load_model
 from tiny.compose import HERE, Recordings, compose_scene, draw_layers, draw_scenes
+from train import must_agree
 
 SEED = 1  # of the scenes; those of tiny/data/test are seed 0's
 
@@ -139,7 +140,23 @@ def judge_pairs(logits: Tensor, named: list[set[str]], pairs: int, labels: list[
     return both
 
 
+def agree(args: argparse.Namespace) -> None:
+    """ValueError if --out was begun with something else: its sounds would be taken for ours."""
+    names = ("unet/diffusion_pytorch_model.safetensors", "model.json")
+    files = {name: args.model / name for name in names}
+    files |= {name: HERE / name for name in ("recordings.csv", "wording.csv")}
+    settings = {name: evaluate.file_sha256(path) for name, path in files.items()}
+    names = ("seed", "steps", "guidance", "sampler", "scenes", "clips")
+    settings |= {name: getattr(args, name) for name in names}
+    path = args.out / "settings.json"
+    if path.exists():
+        must_agree(f"{args.out} was begun with", read_json(path), settings, "choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_aside(path, (json.dumps(settings, indent=1) + "\n").encode())
+
+
 def judge(args: argparse.Namespace) -> dict:
+    agree(args)
     recordings = Recordings(HERE / "recordings.csv", "test")
     wording, classes, out = recordings.wording, recordings.names, args.out
     tagger = evaluate.Cnn14.load(args.classifier)
