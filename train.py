@@ -15,8 +15,8 @@ that was killed goes on, from its newest checkpoint, as if nothing had happened.
 
 Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
 the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling; and for
-the tiny model x_0-prediction with v's loss, a shifted noise schedule, rows of the grid that overlap
-and AdamW's shorter memory; as an option, more of the t above 750 (--noisy-share).
+the tiny model x_0-prediction with v's loss, a shifted noise schedule, rows of the grid that
+overlap, AdamW's shorter memory and more of the noisiest t, where a caption says most.
 
     RUN/model/          the result: what sample.py --model takes
     RUN/checkpoints/    the last two; start the same command again to go on
@@ -91,7 +91,7 @@ class Config:
     max_length: Count = 32  # tokens of a caption, padded or cut
     mask: Literal[MASKS] = "both"  # where pads are masked out
     block_out_channels: tuple[int, ...] = (128, 192, 256)  # width of each level
-    attention: tuple[bool, ...] = (False, False, True)  # a spatial transformer at this level (0, 1)
+    attention: tuple[bool, ...] = (False, True, True)  # a spatial transformer at this level (0, 1)
     layers_per_block: Count = 1  # residual blocks a level
     num_heads: Count = 4  # attention heads
     cross_attention_dim: Count = 384  # text width inside the U-Net
@@ -100,7 +100,7 @@ class Config:
     schedule_shift: Positive = 0.3  # its signal-to-noise ratio times shift²; the papers: 1
     overlap: Frames = 2  # frames of its neighbours that a row of the grid is shown with
     # The optimisation
-    steps: Count = 10_000  # length of the run; the learning rate follows it: it can't change later
+    steps: Count = 20_000  # length of the run; the learning rate follows it: it can't change later
     batch_size: Count = 8  # clips a rank and forward pass
     accumulate: Count = 1  # forward passes a step
     lr: Positive = 7e-4  # peak learning rate of AdamW
@@ -110,7 +110,7 @@ class Config:
     clip: Positive = 1.0  # largest norm of the gradient
     ema_decay: Share = 0.9999  # of the averaged weights; less at the start of a run
     caption_dropout: Share = 0.1  # share of clips trained without a caption
-    noisy_share: Share = 0.0  # share of clips whose t is drawn from the noisiest quarter
+    noisy_share: Share = 0.3  # share of clips whose t is drawn from the noisiest quarter
     balanced: bool = True  # draw clips so that labels come up equally often
     frozen_steps: NotNegative = 0  # until then only conv_in, conv_out, text projection train (B.4)
     precision: Literal["bf16", "fp32"] = "bf16"  # of autocast
@@ -149,6 +149,7 @@ PRESETS = {
         lr=2.56e-4,
         beta2=0.999,
         warmup_steps=1000,
+        noisy_share=0.0,
         balanced=False,
         gradient_checkpointing=True,
         checkpoint_every=1000,

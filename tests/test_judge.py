@@ -35,10 +35,10 @@ def test_other_scenes_have_the_same_labels(recordings):
 
 def test_real_scenes_are_of_one_class(recordings):
     for number in range(3):
-        scene = judge.real_scene("Cat", recordings, number)
+        scene = judge.real_scene(["Cat"], recordings, number)
         assert [layer["label"] for layer in scene["layers"]] == ["Cat"]
         assert scene["order"] == "together" and scene["noise_db"] is None
-    a, b = (judge.real_scene("Dog", recordings, n)["layers"] for n in (0, 1))
+    a, b = (judge.real_scene(["Dog"], recordings, n)["layers"] for n in (0, 1))
     assert a != b
 
 

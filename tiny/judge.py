@@ -9,7 +9,7 @@
 2. CLASSES. Clips of each class by its plain caption; how often the tagger's first guess, or one of
    its first five, is the class asked for, beside the same for real held-out clips of that class.
 3. PAIRS. Prompts with two sounds: does the tagger hear both, each more than in nine of ten clips
-   whose prompts don't name it?
+   whose prompts don't name it? Beside the same for scenes of held-out recordings of the two.
 4. NEAREST. For each clip of 2 the nearest training recording, by the cosine of the tagger's
    embeddings, beside the same for real held-out clips: memorising is seen for what it is.
 
@@ -50,12 +50,12 @@ def other_scene(scene: dict, recordings: Recordings, number: int) -> dict:
     return scene | {"layers": layers, "seed": int(rng.integers(2**31))}
 
 
-def real_scene(label: str, recordings: Recordings, number: int) -> dict:
-    """A scene with one label, near by."""
-    rng = np.random.default_rng([SEED, 2000, recordings.names.index(label), number])
-    scene = {"labels": [label], "order": "together", "place": "near", "noise_db": None}
+def real_scene(labels: list[str], recordings: Recordings, number: int) -> dict:
+    """A scene with these labels, near by."""
+    rng = np.random.default_rng([SEED, 2000, *map(recordings.names.index, labels), number])
+    scene = {"labels": labels, "order": "together", "place": "near", "noise_db": None}
     scene |= {"rt60": 0.3, "wet": 0.1, "level_db": -18.0}
-    scene["layers"] = draw_layers(rng, recordings, [label], "together")
+    scene["layers"] = draw_layers(rng, recordings, labels, "together")
     return scene | {"seed": int(rng.integers(2**31))}
 
 
@@ -168,7 +168,7 @@ def judge(args: argparse.Namespace) -> dict:
     asked, real = {}, {}
     for k, label in enumerate(classes):
         for i in range(args.clips):
-            asked[f"{k:02d}-{i}"], real[f"{k:02d}-{i}"] = label, real_scene(label, recordings, i)
+            asked[f"{k:02d}-{i}"], real[f"{k:02d}-{i}"] = label, real_scene([label], recordings, i)
     prompts = {name: wording[label]["plain"] for name, label in asked.items()}
     write_scenes(out / "classes" / "real", real, recordings)
     write_generated(out / "classes" / "generated", prompts, model, args)
@@ -182,11 +182,15 @@ def judge(args: argparse.Namespace) -> dict:
         f"pair-{k:02d}": (classes[k], classes[k - len(classes) + 7]) for k in range(len(classes))
     }
     texts = {n: " and ".join(wording[label]["full"] for label in pair) for n, pair in pairs.items()}
-    write_generated(out / "pairs", texts, model, args)
-    names, _, logits = hear(evaluate.sounds_of(out / "pairs"), tagger)
-    named = [set(pairs[n]) for n in names] + [{asked[n]} for n in heard["generated"][0]]
-    logits = torch.cat([logits, heard["generated"][2]])
-    both = judge_pairs(logits, named, len(names), tagger.labels)
+    scenes = {name: real_scene([*pair], recordings, 0) for name, pair in pairs.items()}
+    write_scenes(out / "pairs" / "real", scenes, recordings)
+    write_generated(out / "pairs" / "generated", texts, model, args)
+    both = {}
+    for kind, (others, _, other_logits) in heard.items():
+        names, _, logits = hear(evaluate.sounds_of(out / "pairs" / kind), tagger)
+        named = [set(pairs[n]) for n in names] + [{asked[n]} for n in others]
+        logits = torch.cat([logits, other_logits])
+        both[kind] = judge_pairs(logits, named, len(names), tagger.labels)
 
     # 4. Nearest training recording
     training = Recordings(HERE / "recordings.csv", "train").classes.values()
@@ -205,7 +209,8 @@ def judge(args: argparse.Namespace) -> dict:
     return {
         "model": str(args.model), "classifier": str(args.classifier), "seed": args.seed,
         "sets": sets, "totals": totals, "classes": rows,
-        "pairs heard": float(np.mean(both)), "pairs": dict(zip(texts.values(), both, strict=True)),
+        "pairs heard": {kind: float(np.mean(found)) for kind, found in both.items()},
+        "pairs": dict(zip(texts.values(), both["generated"], strict=True)),
         "median cosine to the nearest training recording":
             {kind: best.values.median().item() for kind, best in cosines.items()},
         "nearest": nearest,
@@ -218,7 +223,9 @@ def show(result: dict) -> None:
     for label, row in [*rows, ("all", result["totals"])]:
         cells = [f"{row[f'{kind} top-{k}']:8.2f}" for kind in ("generated", "real") for k in (1, 5)]
         print(f"{label:34}{''.join(cells[:2]):>16}{''.join(cells[2:]):>18}")
-    print(f"two sounds asked for, both heard: {result['pairs heard']:.0%}")
+    pairs = result["pairs heard"]
+    print(f"two sounds asked for, both heard: generated {pairs['generated']:.0%}, held-out real "
+          f"{pairs['real']:.0%}")  # fmt: skip
     similarity = result["median cosine to the nearest training recording"]
     print(f"nearest training recording, median cosine: generated {similarity['generated']:.3f}, "
           f"held-out real {similarity['real']:.3f}")  # fmt: skip
