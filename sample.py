@@ -527,9 +527,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--to needs -n 2 or more: that many sounds from the prompt to the other one")
     if not all(1 <= i <= args.steps for i in args.steps_image):
         parser.error(f"--steps-image: expected steps of 1 to {args.steps}")
-    skipped = args.steps - max(1, round(args.strength * args.steps)) if args.init_audio else 0
-    if min(args.steps_image, default=args.steps) <= skipped:
-        parser.error(f"--steps-image: with this --strength the first step is {skipped + 1}")
+    if args.init_audio and args.steps_image and 0 < args.strength <= 1:
+        skipped = args.steps - max(1, round(args.strength * args.steps))
+        if min(args.steps_image) <= skipped:
+            parser.error(f"--steps-image: with this --strength the first step is {skipped + 1}")
     return args
 
 
@@ -581,7 +582,7 @@ def run(args: argparse.Namespace) -> None:
     timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), args.steps)
     if timesteps[0] < 0.89 * len(model.alphas_cumprod) and args.init_audio is None:
         print(f"warning: {args.steps} steps begin at t = {timesteps[0]}, as if noise were nearly a "
-              "sound: take 9 or more", file=sys.stderr)  # fmt: skip
+              "sound: take 10 or more", file=sys.stderr)  # fmt: skip
     seen = {timesteps[i - 1]: None for i in args.steps_image}
 
     def watch(t: int, x_t: Tensor) -> None:

@@ -939,7 +939,8 @@ def test_1000_steps_are_possible(model):
      ["dog", "-n", 0], ["dog", "--batch-size", 0], ["dog", "--seed", -1], ["dog", "--steps", "x"],
      ["dog", "--sampler", "euler"], ["dog", "--loudness", 3], ["dog", "--keep", "0-3"],
      ["dog", "--init-audio", "in.wav", "--keep", "0:3"], ["dog", "--to", "rain"],
-     ["dog", "--steps-image", "0"], ["dog", "--steps-image", "46"], ["dog", "--steps-image", "x"]],
+     ["dog", "--steps-image", "0"], ["dog", "--steps-image", "46"], ["dog", "--steps-image", "x"],
+     ["dog", "--init-audio", "in.wav", "--strength", 0.2, "--steps-image", "36"]],
 )  # fmt: skip
 def test_bad_command_lines(fails, arguments):
     assert ": error: " in fails(*arguments, status=2)
@@ -949,6 +950,13 @@ def test_bad_command_lines(fails, arguments):
 def test_corrupt_init_audio(fails, here, content):
     (here / "in.wav").write_bytes(content)
     assert "in.wav" in fails("dog", "--init-audio", "in.wav")
+
+
+def test_few_steps_are_warned_of(main, here, capsys):
+    main("dog", "--steps", 9)
+    assert "9 steps begin at t = 889" in capsys.readouterr().err
+    main("dog", "--steps", 10)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_python_users_mistakes(model):
