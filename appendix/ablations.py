@@ -26,7 +26,7 @@ The warm start has been trained masked, and on the data's wording: it favours th
 
 Arms are trained by train.py's loop and scored by evaluate.py's FD, IS and KL, on sounds for the
 captions of held-out scenes (tiny.judge's; the arms of `captions`, on a hundred captions that were
-written in other words). Without a --classifier there are only losses.
+written in other words). Without a classifier there are only losses.
 
     OUT/ARM-seedN.json    the result; such an arm isn't run again    OUT/ARM-seedN/    its run
 """
@@ -521,8 +521,7 @@ def trained(c: Config, kind: type[Run]) -> sample.Model:
     """The model of a finished run, whatever its network and its codec."""
     run = kind(c)
     run.ema.load_state_dict(load_weights(Path(c.out) / "model" / "unet"))
-    unet = run.ema.eval().requires_grad_(True)  # as in sample.load_model
-    parts = unet, run.encoder, run.codec, run.stats, run.alphas_cumprod
+    parts = run.ema.eval(), run.encoder, run.codec, run.stats, run.alphas_cumprod
     return sample.Model(*parts, c.prediction, c.guidance, run.device, c.overlap)
 
 

@@ -22,7 +22,8 @@ the taggers of `real` tell, by their average precision on the clips that all are
     python -m appendix.augment --audio AUDIO --table segments.csv --class-labels labels.csv \\
         --test FEATURES --per-class 0 --model runs/paper/model --taggers taltrans:512 ast:768
 
-Words, clips and taggers that are in OUT already are not made again.
+Words, clips and taggers that are in OUT already are not made again. OUT/table.json is of the last
+command; each tagger's own scores.json stays.
 """
 
 import argparse
@@ -211,20 +212,11 @@ def table(args: argparse.Namespace) -> None:
     def mean_of_weak(scores: dict) -> float:
         return statistics.mean(scores["AP"][label] for label in weak)
 
-    rows = [
-        [
-            "tagger",
-            "aug",
-            "generated from",
-            "set",
-            "seed",
-            "mAP",
-            *["mAP of the worst"] * bool(weak),
-        ]
-    ]
-    values = [mean, *[mean_of_weak] * bool(weak)]
+    rows = [["tagger", "aug", "generated from", "set", "seed", "mAP", "mAP of the worst"]]
     for arm, by_seed in results.items():
-        rows += [[*arm, seed, *(value(x) for value in values)] for seed, x in by_seed.items()]
+        rows += [
+            [*arm, seed, mean(x), mean_of_weak(x) if weak else None] for seed, x in by_seed.items()
+        ]
     content = {"real clips": len(real), "tested on": len(held_out), "worst": weak, "rows": rows}
     write_aside(args.out / "table.json", (json.dumps(content, indent=1) + "\n").encode())
     about = f"{len(real)} real clips of {len(real.labels)} classes, {len(args.seeds)} seeds"

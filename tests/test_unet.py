@@ -228,11 +228,10 @@ def test_convolutions_of_few_pixels_are_convolutions(stride, height, width):
     conv = Conv3x3(8, 128, stride).double().to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, height, width, dtype=torch.float64, requires_grad=True)
     variables, expected = (x, conv.weight, conv.bias), F.conv2d(x, *conv.parameters(), stride, 1)
-    ours, weight = conv(x), torch.randn_like(expected)
+    ours, weights = conv(x), torch.randn_like(expected)
     torch.testing.assert_close(ours, expected)
-    for a, b in zip(
-        *(torch.autograd.grad((y * weight).sum(), variables) for y in (ours, expected))
-    ):
+    gradients = [torch.autograd.grad((y * weights).sum(), variables) for y in (ours, expected)]
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 

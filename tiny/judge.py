@@ -156,13 +156,13 @@ def agree(args: argparse.Namespace) -> None:
 
 
 def judge(args: argparse.Namespace) -> dict:
-    agree(args)
     recordings = Recordings(HERE / "recordings.csv", "test")
     wording, classes, out = recordings.wording, recordings.names, args.out
     tagger = evaluate.Cnn14.load(args.classifier)
     if not tagger.labels or set(classes) - set(tagger.labels):
         raise ValueError(f"{args.classifier}: doesn't know the tiny world's classes")
     model = load_model(args.model, args.device)
+    agree(args)
     sets = judge_sets(recordings, model, args)
 
     asked, real = {}, {}
