@@ -8,6 +8,7 @@
     codes      discrete codes against continuous latents            P2, "Generation Latent Space"
     captions   plain labels, the data's wording, captions of an LLM P1 section 3
     samplers   samplers × steps, on the model as it is              P1 section 4
+    guidance   its scale, on the model as it is                     P1 section 4
 
     python -m appendix.ablations mask --minutes 25        (or --steps N; all arms take as many)
     python -m appendix.ablations captions --captions captions/labels.jsonl captions/filter.jsonl
@@ -402,8 +403,12 @@ ABLATIONS = {
     "text": ("scratch", "concatenated"),
     "codes": ("scratch", "codes"),
     "captions": ("labels", "wording"),  # and one for each file of --captions
-    "samplers": tuple(f"{s}-{n}" for s in ("pndm", "ddim", "ddpm") for n in (10, 25, 45, 100)),
+    "samplers": tuple(
+        f"{s}-{n}" for n in (5, 10, 25, 45, 100, 200) for s in ("pndm", "ddim", "ddpm")
+    ),
+    "guidance": tuple(f"guidance-{g}" for g in (1, 2, 3.5, 5, 6.5, 7.5)),
 }
+UNTRAINED = ("samplers", "guidance")  # what is compared is the model as it is
 TWO_SEEDS = ("mask", "schedule", "freezing")
 OTHER_LOSS = ("layout", "codes")  # the arms' latents are normalised, or made, in different ways
 
@@ -504,12 +509,13 @@ class Judge:
         return evaluate.hear(sounds, self.classifier, cache=cache, title=folder.parent.name)
 
     def __call__(self, model: sample.Model, folder: Path, about: dict) -> dict:
-        """FD, IS and KL of a model's sounds, made by `about` (see `settings`)."""
+        """FD, IS and KL of a model's sounds, made by `about` (see `settings`); guidance, where it
+        doesn't say, is the model's own."""
         if self.reference is None:
             judge.write_scenes(self.folder, self.scenes, self.recordings)
             self.reference = self.hear(self.folder)
         options = {"steps": about["denoising_steps"], "sampler": about["sampler"], "seed": 0}
-        options = argparse.Namespace(**options, guidance=None, batch_size=16)  # the model's own
+        options = argparse.Namespace(**options, guidance=about.get("guidance"), batch_size=16)
         judge.write_generated(folder, self.prompts, model, options)
         width = self.classifier.widths[-1]
         row = evaluate.measure(self.hear(folder), self.reference, width, True)
@@ -550,17 +556,21 @@ def run_arm(ablation: str, name: str, arm: Arm, seed: int, steps: int, score, ar
     print(f"{path}: validation loss {result['val_loss']:.4f}", say(result.get("scores")))
 
 
-def run_sampler(name: str, score: Judge, args: argparse.Namespace) -> None:
-    """Score --model with another sampler."""
-    path, (sampler, steps) = args.out / f"{name}-seed0.json", name.split("-")
+def run_untrained(ablation: str, name: str, score: Judge, args: argparse.Namespace) -> None:
+    """Score --model with another sampler, or another scale of guidance."""
+    path, (what, value) = args.out / f"{name}-seed0.json", name.split("-")
     model = {"model (its hash)": weights_hash(args.model)}
-    about = score.settings(sampler=sampler, denoising_steps=int(steps), **model)
+    if ablation == "guidance":
+        about = score.settings(guidance=float(value), **model)
+    else:
+        about = score.settings(sampler=what, denoising_steps=int(value), **model)
     result = read_json(path, "scores") if path.is_file() else {"scores": model}
     train.must_agree(f"{path} has", result["scores"], model, "another --out")
     if not about.items() <= result["scores"].items():
         model = sample.load_model(args.model, args.device or None)
-        scores = score(model, args.out / f"{name}-seed0" / f"sounds-{steps}", about)
-        result = {"ablation": "samplers", "arm": name, "seed": 0, "scores": scores}
+        folder = args.out / f"{name}-seed0" / f"sounds-{about['denoising_steps']}"
+        scores = score(model, folder, about)
+        result = {"ablation": ablation, "arm": name, "seed": 0, "scores": scores}
         write_json(path, result)
     print(f"{path}:", say(result["scores"]))
 
@@ -630,8 +640,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--minutes is above 0, --steps, --batch-size, --denoising-steps 1 or more")
     if args.clips < 2 or min(args.seeds or [0]) < 0:
         parser.error("--clips is 2 or more, --seeds 0 or more")
-    if args.name == "samplers" and (args.steps or args.seeds):
-        parser.error("samplers: nothing is trained, so there are no --steps and no --seeds")
+    if args.name in UNTRAINED and (args.steps or args.seeds):
+        parser.error(f"{args.name}: nothing is trained, so there are no --steps and no --seeds")
     if args.captions and args.name != "captions":
         parser.error("--captions is for the ablation captions")
     if args.classifier is None and evaluate.CLASSIFIER.is_file():
@@ -646,12 +656,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("torchrun: not for ablations, one process is enough")
     args.out.mkdir(parents=True, exist_ok=True)
     score = Judge(args.name, args) if args.classifier else None
-    if args.name == "samplers":
+    if args.name in UNTRAINED:
         if score is None:
-            raise ValueError("samplers: nothing is trained, so there is no loss: --classifier FILE")
-        for name in ABLATIONS["samplers"]:
-            run_sampler(name, score, args)
-        return
+            raise ValueError(f"{args.name}: nothing is trained, so there is no loss: "
+                             "--classifier FILE")  # fmt: skip
+        for name in ABLATIONS[args.name]:
+            run_untrained(args.name, name, score, args)
+        return print(table(args.out))
     arms = {name: ARMS[name] for name in ABLATIONS[args.name]}
     for file in args.captions:
         captions_by_labels(file)  # better an error now than after an hour

@@ -20,7 +20,7 @@ from train import Run
 from unet import TransformerBlock, UNet, UNetConfig
 
 ROOT = Path(ablations.__file__).parent.parent
-EVERY_PAIR = [(name, ABLATIONS[name]) for name in ABLATIONS if name != "samplers"]
+EVERY_PAIR = [(name, ABLATIONS[name]) for name in ABLATIONS if name not in ablations.UNTRAINED]
 
 
 pytestmark = pytest.mark.usefixtures("quick_sounds")
@@ -49,7 +49,11 @@ def command(begun, tmp_path):
 
     def command(name, *more):
         shared = ["--model", begun.model, "--data", begun.data, "--val-data", begun.data]
-        shared += ["--out", tmp_path / "out", *([] if name == "samplers" else ["--steps", 2])]
+        shared += [
+            "--out",
+            tmp_path / "out",
+            *([] if name in ablations.UNTRAINED else ["--steps", 2]),
+        ]
         shared += ["--batch-size", 8 if "--seeds" in more else 2]  # few steps of validation
         shared += ["--precision", "fp32", "--device", "cpu", *more]
         return [name, *map(str, shared)]
@@ -402,24 +406,31 @@ def test_train_resume_score_and_table(command, begun, tmp_path, monkeypatch, cap
     assert "masked-seed0.json has steps = 2, this command 3: give the old value" in message
 
 
-def test_samplers(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(ABLATIONS, "samplers", ("pndm-2", "ddpm-3"))
+@pytest.mark.parametrize(
+    ("name", "arms", "expected"),
+    [
+        ("samplers", ("pndm-2", "ddpm-3"), [("pndm", 2, None, 2), ("ddpm", 3, None, 2)]),
+        ("guidance", ("guidance-1", "guidance-3.5"), [("pndm", 2, 1.0, 2), ("pndm", 2, 3.5, 2)]),
+    ],
+)
+def test_the_model_as_it_is(name, arms, expected, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(ABLATIONS, name, arms)
     tagger = tmp_path / "tagger.safetensors"
     Cnn14(5, (4, 4, 4, 4, 4, 8)).save(tagger)
-    arguments = command("samplers", "--classifier", tagger, "--clips", 2)
+    arguments = command(name, "--classifier", tagger, "--clips", 2, "--denoising-steps", 2)
     made, original = [], ablations.judge.write_generated
 
     def write_generated(folder, prompts, model, options):
-        made.append((options.sampler, options.steps, len(prompts)))
+        made.append((options.sampler, options.steps, options.guidance, len(prompts)))
         original(folder, prompts, model, options)
 
     monkeypatch.setattr(ablations.judge, "write_generated", write_generated)
     for _ in range(2):
         ablations.main(arguments)
-        assert made == [("pndm", 2, 2), ("ddpm", 3, 2)]
+        assert made == expected
     ablations.main(["table", "--out", str(tmp_path / "out")])
-    assert "| samplers | ddpm-3 | 0 | – | – | – | – | 2 |" in capsys.readouterr().out
-    assert "no loss: --classifier FILE" in error_of(command("samplers"))
+    assert f"| {name} | {arms[1]} | 0 | – | – | – | – | 2 |" in capsys.readouterr().out
+    assert "no loss: --classifier FILE" in error_of(command(name))
 
 
 def test_minutes_are_measured_once(command, tmp_path, monkeypatch):

@@ -140,14 +140,14 @@ def judge_pairs(logits: Tensor, named: list[set[str]], pairs: int, labels: list[
     return both
 
 
-def agree(args: argparse.Namespace) -> None:
-    """ValueError if --out was begun with something else: its sounds would be taken for ours."""
+def agree(args: argparse.Namespace, options: Sequence[str]) -> None:
+    """ValueError if --out was begun with another model, other recordings or other values of these
+    options: its sounds would be taken for ours."""
     names = ("unet/diffusion_pytorch_model.safetensors", "model.json")
     files = {name: args.model / name for name in names}
     files |= {name: HERE / name for name in ("recordings.csv", "wording.csv")}
     settings = {name: evaluate.file_sha256(path) for name, path in files.items()}
-    names = ("seed", "steps", "guidance", "sampler", "scenes", "clips")
-    settings |= {name: getattr(args, name) for name in names}
+    settings |= {name: getattr(args, name) for name in options}
     path = args.out / "settings.json"
     if path.exists():
         must_agree(f"{args.out} was begun with", read_json(path), settings, "choose another --out")
@@ -162,7 +162,7 @@ def judge(args: argparse.Namespace) -> dict:
     if not tagger.labels or set(classes) - set(tagger.labels):
         raise ValueError(f"{args.classifier}: doesn't know the tiny world's classes")
     model = load_model(args.model, args.device)
-    agree(args)
+    agree(args, ("seed", "steps", "guidance", "sampler", "scenes", "clips"))
     sets = judge_sets(recordings, model, args)
 
     asked, real = {}, {}
