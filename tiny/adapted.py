@@ -79,7 +79,7 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[str, Callable[[], s
         return model
 
     def dreambooth() -> sample.Model:
-        options = ["--audio", audio, "--token", "sks", "--word", word]
+        options = ["--audio", audio, "--token", "sks", "--word", word, "--prior-steps", args.steps]
         return sample.load_model(learn("dreambooth", options, args), args.device)
 
     if "textual-inversion" in args.methods:
@@ -190,7 +190,7 @@ def picture(path: Path, folders: dict[str, Path]) -> None:
     for line, (name, folder) in zip(axes.reshape(rows, 3), folders.items(), strict=True):
         for axis, file in zip(line, sorted(folder.glob("*.wav")), strict=False):
             stored = codec.encode(latents.to_clips(latents.load_audio(file)))
-            level = codec.decibel(stored)[0]
+            level = codec.decibel(stored)[0].numpy()
             axis.imshow(level, origin="lower", aspect="auto", vmin=-90, vmax=-30)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=7)
