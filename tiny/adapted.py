@@ -38,6 +38,7 @@ from tiny import judge
 from tiny.compose import HERE, Recordings, draw_scenes
 
 METHODS = tuple(adapt.METHODS)
+CONTROL_STEPS = 2000  # of 8 clips: a quarter of an hour; adapt.py takes 5000 unless told
 LEARN = 8  # scenes to learn from; a few recordings, in several places and levels
 FILES = {  # what a method leaves in RUN/model
     "textual-inversion": "embedding.safetensors",
@@ -148,7 +149,8 @@ def judge_control(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse
     judge.write_scenes(folder / "reference", scenes, recordings)
     if not args.data:
         train.compose_tiny()
-    net = learn("controlnet", ["--data", args.data or HERE / "data" / "train"], args)
+    data = args.data or HERE / "data" / "train"
+    net = learn("controlnet", ["--data", data, "--steps", CONTROL_STEPS], args)
     base = sample.load_model(args.model, args.device)
     reference = hear_folder(folder / "reference", tagger)
     result, width = {}, tagger.widths[-1]
@@ -247,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="[tiny/classifier.safetensors]")  # fmt: skip
     add("--out", type=Path, default=Path("runs/adapted"), help="folder [runs/adapted]")
     add("--data", type=Path, help="what a ControlNet learns from [the tiny data set]")
-    add("--train-steps", type=int, help="[adapt.py's own of each method]")
+    add("--train-steps", type=int, help="[adapt.py's own, controlnet 2000]")
     add("--clips", type=int, default=32, help="sounds of each set [32]")
     add("--seed", type=int, default=0, help="of the sounds [0]")
     add("--steps", type=int, default=45, help="denoising steps [45]")
