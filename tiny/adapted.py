@@ -47,13 +47,12 @@ FILES = {  # what a method leaves in RUN/model
 
 
 def learn(method: str, arguments: list, args: argparse.Namespace) -> Path:
-    """RUN/model of a run of adapt.py's, trained if it isn't there."""
+    """The result of a run of adapt.py's, which goes on where it was."""
     run = args.out / method
-    if not (run / "model").is_dir():
-        options = ["--model", args.model, "--out", run, "--checkpoint-every", 250, *arguments]
-        options += ["--device", args.device] if args.device else []
-        options += ["--steps", args.train_steps] if args.train_steps else []
-        adapt.main([method, *map(str, options)])
+    options = ["--model", args.model, "--out", run, "--checkpoint-every", 250, *arguments]
+    options += ["--device", args.device] if args.device else []
+    options += ["--steps", args.train_steps] if args.train_steps else []
+    adapt.main([method, *map(str, options)])
     return run / "model"
 
 
@@ -147,10 +146,11 @@ def judge_control(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse
     scenes = {s["id"]: s for s in draw_scenes(recordings, "test", args.clips, judge.SEED)}
     folder = args.out / "controlnet"
     judge.write_scenes(folder / "reference", scenes, recordings)
-    if not args.data:
-        train.compose_tiny()
-    data = args.data or HERE / "data" / "train"
-    net = learn("controlnet", ["--data", data, "--steps", CONTROL_STEPS], args)
+    if any(not (folder / "after" / f"{name}.wav").exists() for name in scenes):
+        if not args.data:
+            train.compose_tiny()
+        data = args.data or HERE / "data" / "train"
+        net = learn("controlnet", ["--data", data, "--steps", CONTROL_STEPS], args)
     base = sample.load_model(args.model, args.device)
     reference = hear_folder(folder / "reference", tagger)
     result, width = {}, tagger.widths[-1]
