@@ -30,8 +30,9 @@ loop with its checkpoints (the same command goes on):
 
     RUN/model/  the result    RUN/data/  the recordings, stored    RUN/prior/  the model's own clips
 
-Departures: DreamBooth leaves the text encoder as it is. A ControlNet for any sound wants as much
-data as the model had; from a few recordings it learns these.
+Departures: DreamBooth leaves the text encoder as it is, and a tenth of its batch has no caption.
+A ControlNet for any sound wants as much data as the model had; from a few recordings it learns
+these.
 """
 
 import argparse
@@ -247,7 +248,10 @@ def prepare(args: argparse.Namespace) -> tuple[Config, type[Run]]:
     names = ("method", "steps", "batch_size", "lr", "seed", "precision", "checkpoint_every")
     options |= {name: getattr(args, name) for name in names}
     options |= {"warmup_steps": args.steps // 20, "validate_every": args.checkpoint_every}
-    options |= {"caption_dropout": 0.0, "sample_every": 0, "device": args.device or ""}
+    # Without captions, too, or guidance would lose its other half; half of a ControlNet's, so that
+    # it learns to go by the signal (Zhang et al., section 3.3). A new word changes nothing without.
+    dropout = {"textual-inversion": 0.0, "controlnet": 0.5}.get(args.method, 0.1)
+    options |= {"caption_dropout": dropout, "sample_every": 0, "device": args.device or ""}
     options |= {"encodec_weights": args.encodec_weights or ""}
     if getattr(args, "data", None):  # the last tenth is held out
         clips = len(latents.LatentDataset(args.data))
@@ -277,9 +281,6 @@ def prepare(args: argparse.Namespace) -> tuple[Config, type[Run]]:
         options |= {"rank": args.rank, "class_caption": caption, "prior_weight": args.prior_weight}
     else:
         kind = LoRA if args.method == "lora" else Control
-        # Without captions, too, or guidance would lose its other half; half of a ControlNet's, so
-        # that it learns to go by the signal (Zhang et al., section 3.3).
-        options["caption_dropout"] = 0.1 if args.method == "lora" else 0.5
         options["rank"] = getattr(args, "rank", 0)
 
     if "data" not in options:

@@ -193,7 +193,7 @@ def picture(path: Path, folders: dict[str, Path]) -> None:
         for axis, file in zip(line, sorted(folder.glob("*.wav")), strict=False):
             stored = codec.encode(latents.to_clips(latents.load_audio(file)))
             level = codec.decibel(stored)[0].numpy()
-            axis.imshow(level, origin="lower", aspect="auto", vmin=-90, vmax=-30)
+            axis.imshow(level, origin="lower", aspect="auto", vmin=-75, vmax=-15)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=7)
     sample.save_figure(path, figure)
