@@ -21,7 +21,8 @@ steps from records to records, each a command (`python captions.py STEP TABLE`),
 
 Departures. The papers' LLM is Alpaca 7B in int8; here it is any that transformers loads, SmolLM2
 135M unless told otherwise. The single-label rule comes first, which saves the LLM's work that it
-would overwrite. Where there is no video, entailment is of the LLM's caption and the labels.
+would overwrite. Where there is no video, entailment is of the LLM's caption and the labels. A
+sentence encoder's cosine is that of the mean of its states, without sentence-T5's last projection.
 """
 
 import argparse
@@ -666,6 +667,9 @@ def caption_labels(records, p):
     return _ask(records, p, "audio_caption", LABELS, queries, template)
 
 
+FRAME_SECONDS = 60  # for ffmpeg to find one frame; a file can be made to keep it busy for ever
+
+
 def _extract_frames(record, p):
     """A record's frames, the paths of three JPEGs; [] and a reason where there are none."""
     name, start = record["id"], record.get("start") or 0.0
@@ -680,7 +684,10 @@ def _extract_frames(record, p):
             command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file"]
             command += ["-ss", f"{begin + share * length:.3f}", "-i", f"file:{video.resolve()}"]
             command += ["-frames:v", "1", "-f", "image2pipe", "-c:v", "mjpeg", "pipe:1"]
-            run = subprocess.run(command, capture_output=True)
+            try:
+                run = subprocess.run(command, capture_output=True, timeout=FRAME_SECONDS)
+            except subprocess.TimeoutExpired:
+                return {"frames": []}, {"reason": f"no frame within {FRAME_SECONDS} s"}
             pictures.append(run.stdout)
         if all(pictures):
             break

@@ -16,6 +16,7 @@ this machine does in one large product.
 
 import argparse
 import statistics
+import sys
 import time
 from types import SimpleNamespace
 
@@ -148,6 +149,8 @@ def main() -> None:
         error = ((latents[name] - latents[first]).norm() / latents[first].norm()).item()
         print(f"{name:20}{statistics.median(times[name]):7.1f} s   {ratio}   latent differs by "
               f"{error:.1e}")  # fmt: skip
+        if not error < (1e-4 if "float32" in name and "float32" in first else 2e-2):
+            sys.exit(f"error: {name} disagrees with {first}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ those tests are skipped where it isn't installed.
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -748,6 +749,20 @@ def test_frames(videos, tmp_path):
     assert [r["frames"] for r in out[2:]] == [[], [], [], []]
     reasons = [r["history"][-1]["reason"] for r in out[2:]]
     assert reasons[2] == "no video" and all(reasons) and "\n" not in "".join(reasons)
+
+
+def test_a_video_that_keeps_ffmpeg_busy(tmp_path, monkeypatch):
+    """An ffmpeg that never ends, in its place: the reason is recorded, and the others go on."""
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    (tmp_path / "slow.mp4").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(captions, "FRAME_SECONDS", 0.2)
+    records = [record(["Dog"], name, start=0.0, end=10.0) for name in ("slow", "gone")]
+    out = captions.run_step("frames", records, Pipeline(out=str(tmp_path), videos=str(tmp_path)))
+    assert [r["frames"] for r in out] == [[], []]
+    reasons = [r["history"][-1]["reason"] for r in out]
+    assert reasons == ["no frame within 0.2 s", "no video"]
 
 
 def test_the_whole_pipeline_on_video(videos, blip, bert, tmp_path):
