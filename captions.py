@@ -369,6 +369,8 @@ def _load(what, name, device, dtype=None, quantize=""):
         source, options["gguf_file"] = str(Path(source).parent), Path(source).name
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
+        if quantize and "gguf_file" in options:
+            raise ValueError("a GGUF file has its own bits: no --quantize")
         if quantize:
             settings = transformers.BitsAndBytesConfig(**QUANTIZED[quantize])
             options |= {"quantization_config": settings, "device_map": {"": device}}

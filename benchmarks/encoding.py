@@ -36,7 +36,9 @@ def encode(folder: Path, ranks: int, out: Path) -> float:
     command = [sys.executable, *(torchrun if ranks > 1 else []), ROOT / "latents.py", "encode"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
-    subprocess.run([*map(str, command + options)], check=True, env=environment, capture_output=True)
+    run = subprocess.run([*map(str, command + options)], env=environment, capture_output=True)
+    if run.returncode:
+        sys.exit(run.stderr.decode())
     return time.perf_counter() - started
 
 

@@ -13,8 +13,9 @@ that were learned from. DreamBooth's model is asked for the class without the ra
 For controlnet the prompts are captions of held-out scenes, the control is the scene's loudness, and
 what counts is the correlation of the loudness of what comes with it, frame by frame.
 
-Prompts, seeds and settings are the same before and after. Results: OUT/adapted.json and
-OUT/adapted.png; what is there already is neither trained nor made again.
+Seeds and settings are the same before and after, and prompts but for the new word. Results:
+OUT/adapted.json, adapted.png and control.png; what is there already is neither trained nor made
+again.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from tiny import judge
 from tiny.compose import HERE, Recordings, draw_scenes
 
 METHODS = tuple(adapt.METHODS)
-CONTROL_STEPS = 2000  # of 8 clips: a quarter of an hour; adapt.py takes 5000 unless told
+CONTROL_STEPS = 2000  # of 8 clips: 23 minutes on a core; adapt.py takes 5000 unless told
 LEARN = 8  # scenes to learn from; a few recordings, in several places and levels
 FILES = {  # what a method leaves in RUN/model
     "textual-inversion": "embedding.safetensors",
@@ -161,7 +162,7 @@ def judge_control(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse
             path, real = folder / name / f"{scene}.wav", folder / "reference" / f"{scene}.wav"
             wave = latents.load_audio(real)
             if not path.exists():
-                model = replace(base)  # of which the U-Net is put into another
+                model = replace(base)  # a copy, so that `base` stays without control
                 if name == "after":
                     sample.add_control(model, net, wave)
                 options = {"seed": args.seed, "indices": [i], "steps": args.steps}
@@ -216,10 +217,11 @@ def run(args: argparse.Namespace) -> None:
     tagger = evaluate.Cnn14.load(args.classifier)
     if args.label not in (tagger.labels or []):
         raise ValueError(f"{args.classifier}: doesn't know {args.label}")
-    judge.agree(
-        args, ("label", "word", "train_steps", "clips", "seed", "steps", "guidance", "sampler")
-    )
-    result = {"label": args.label, "model": str(args.model), "classifier": str(args.classifier)}
+    names = ("label", "word", "train_steps", "clips", "seed", "steps", "guidance", "sampler")
+    judge.agree(args, (*names, "data", "classifier"))
+    path = args.out / "adapted.json"
+    result = latents.read_json(path) if path.exists() else {}  # of other --methods
+    result |= {"label": args.label, "model": str(args.model), "classifier": str(args.classifier)}
     result |= {"clips": args.clips, "steps": args.steps}
     if set(args.methods) - {"controlnet"}:
         result["sound"] = judge_sound(recordings, tagger, args)
@@ -232,8 +234,8 @@ def run(args: argparse.Namespace) -> None:
         folder = args.out / "controlnet"
         names = {"control from": "reference", "without": "before", "with": "after"}
         picture(args.out / "control.png", {title: folder / x for title, x in names.items()})
-    latents.write_aside(args.out / "adapted.json", (json.dumps(result, indent=1) + "\n").encode())
-    print(f"\n{args.out / 'adapted.json'}")
+    latents.write_aside(path, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"\n{path}")
 
 
 def main(arguments: list[str] | None = None) -> None:

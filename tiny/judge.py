@@ -147,7 +147,8 @@ def agree(args: argparse.Namespace, options: Sequence[str]) -> None:
     files = {name: args.model / name for name in names}
     files |= {name: HERE / name for name in ("recordings.csv", "wording.csv")}
     settings = {name: evaluate.file_sha256(path) for name, path in files.items()}
-    settings |= {name: getattr(args, name) for name in options}
+    values = {name: getattr(args, name) for name in options}
+    settings |= {name: str(x) if isinstance(x, Path) else x for name, x in values.items()}
     path = args.out / "settings.json"
     if path.exists():
         must_agree(f"{args.out} was begun with", read_json(path), settings, "choose another --out")
