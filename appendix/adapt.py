@@ -174,8 +174,8 @@ class LoRA(Beside):
 
 class DreamBooth(Run):
     """Half of each batch are recordings, half the model's own clips: draws are balanced over labels
-    (see `prepare`), and these have one label each. λ is for own clips that have kept their caption:
-    what there is without captions stays as it was."""
+    (see `prepare`), and these have one label each. λ is for own clips that have kept their caption;
+    those that lost it (caption_dropout) count in full."""
 
     def loss(self, model, stored, captions, t, noise) -> Tensor:
         losses = super().loss(model, stored, captions, t, noise)

@@ -41,10 +41,6 @@ from tiny.compose import HERE, Recordings, draw_scenes
 METHODS = tuple(adapt.METHODS)
 CONTROL_STEPS = 2000  # of 8 clips: 23 minutes on a core; adapt.py takes 5000 unless told
 LEARN = 8  # scenes to learn from; a few recordings, in several places and levels
-FILES = {  # what a method leaves in RUN/model
-    "textual-inversion": "embedding.safetensors",
-    "lora": "pytorch_lora_weights.safetensors",
-}
 
 
 def learn(method: str, arguments: list, args: argparse.Namespace) -> Path:
@@ -70,13 +66,13 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[str, Callable[[], s
     def with_word() -> sample.Model:
         options = ["--audio", audio, "--token", "<new>", "--word", word]
         folder, model = learn("textual-inversion", options, args), load()
-        sample.add_embedding(model, folder / FILES["textual-inversion"])
+        sample.add_embedding(model, folder / "embedding.safetensors")
         return model
 
     def with_lora() -> sample.Model:
         folder = learn("lora", ["--audio", audio, "--caption", the_sound], args)
         model = load()
-        sample.add_lora(model, folder / FILES["lora"])
+        sample.add_lora(model, folder / "pytorch_lora_weights.safetensors")
         return model
 
     def dreambooth() -> sample.Model:
@@ -224,7 +220,7 @@ def run(args: argparse.Namespace) -> None:
     result |= {"label": args.label, "model": str(args.model), "classifier": str(args.classifier)}
     result |= {"clips": args.clips, "steps": args.steps}
     if set(args.methods) - {"controlnet"}:
-        result["sound"] = judge_sound(recordings, tagger, args)
+        result["sound"] = result.get("sound", {}) | judge_sound(recordings, tagger, args)
         show(result["sound"])
         folders = {name: args.out / name / "sounds" for name in result["sound"]}
         picture(args.out / "adapted.png", folders | {"recordings": args.out / "learned-from"})
