@@ -615,7 +615,7 @@ def run(args: argparse.Namespace) -> None:
             if latent := {t: x_t[k] for t, x_t in seen.items() if x_t is not None}:
                 image = free_path(path.with_name(f"{path.stem}-steps.png"))
                 save_steps(image, latent, prompts[i])
-            tqdm.write(str(path))
+            tqdm.write(f"{path}\n", end="")  # in one piece: several ranks write at once
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -784,6 +784,14 @@ def test_two_ranks_write_what_one_writes(main, here, folders, monkeypatch):
         assert (here / "one" / name).read_bytes() == (here / "two" / name).read_bytes(), name
 
 
+def test_paths_of_several_ranks_do_not_mix(main, here, monkeypatch):
+    """Unbuffered, each write is one of its own, and another rank's may come between."""
+    pieces = []
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=pieces.append))
+    main("dog", "rain")
+    assert list(filter(None, pieces)) == ["dog.wav\n", "rain.wav\n"]
+
+
 def test_a_rank_takes_the_names_that_rank_0_gives(main, here, monkeypatch):
     """It may have seen rank 0's first sounds already, and would have named its own otherwise."""
     (here / "rain.wav").touch()
