@@ -41,6 +41,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from itertools import islice
@@ -917,8 +918,13 @@ def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int
             for name in steps:
                 batch = run_step(name, batch, p)
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in batch]
-            file.write("".join(lines).encode())
-            file.flush()
+            try:
+                file.write("".join(lines).encode())
+                file.flush()
+            except OSError as e:
+                with suppress(OSError):  # what is left of the batch has no room either
+                    file.close()
+                raise OSError(f"{path}: not written ({e.strerror}); given room, it goes on") from e
     return path
 
 

@@ -8,14 +8,19 @@ Nothing here is measured on a GPU.
     exchange     4 bytes a parameter around a ring: 2·(n − 1)/n times through its slowest link,
                  beside the backward pass (half of the step), as DistributedDataParallel does it
     MFU          the operations without checkpointing's, over peak × time of a step
+    memory       what a forward pass keeps for the backward pass, counted on tensors without content
+                 and with attention by a fused kernel: all in bf16, or all in float32 (autocast
+                 lies between). What a layer needs for a moment comes on top
 
     python -m benchmarks.arithmetic                       utilisation 40 %, batch 192 a GPU
     python -m benchmarks.arithmetic --utilisation 0.3 --batch-size 48
 """
 
 import argparse
+from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from latents import GRID
@@ -40,6 +45,38 @@ def forward_flops(unet: UNet) -> int:
     return counter.get_total_flops()
 
 
+class FusedAttention(torch.autograd.Function):
+    """Keeps what a fused kernel would: no matrix of weights."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+def kept_bytes(unet: UNet, gradient_checkpointing: bool) -> int:
+    """What one clip's forward pass keeps for the backward pass, weights not counted."""
+
+    def count(clips: int) -> int:
+        options = {"device": "meta", "dtype": next(unet.parameters()).dtype}
+        x = torch.empty(clips, unet.config.in_channels, *GRID, **options)
+        text = torch.empty(clips, TOKENS, unet.config.text_dim, **options)
+        kept = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, mock.patch("unet.attention", FusedAttention.apply):
+            _ = unet(x, 1, text, gradient_checkpointing=gradient_checkpointing)
+        return sum(kept.values())
+
+    return count(2) - count(1)
+
+
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
@@ -56,6 +93,10 @@ def main() -> None:
     print(f"{parameters:,} parameters, {forward / 1e9:.1f} GFLOP a clip and forward pass, "
           f"{passes} passes a clip; weights, gradients, two moments and EMA: "
           f"{5 * 4 * parameters / 2**30:.1f} GiB a GPU")  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float32):
+        kept = [kept_bytes(unet.to(dtype), x) * args.batch_size / 2**30 for x in (False, True)]
+        print(f"kept for the backward pass of {args.batch_size} clips in {dtype}: {kept[0]:.1f} "
+              f"GiB, with gradient checkpointing {kept[1]:.1f}")  # fmt: skip
     print(f"\n| machine | batch | step | exchange | MFU | clips a second | {STEPS:,} steps |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (gpus, peak, link) in MACHINES.items():

@@ -4,7 +4,7 @@ The embedded model, on this machine:
 
     cold      the command itself, from a process that isn't there yet: seconds, peak memory
     parts     imports, loading, one clip: text encoder, U-Net, phase reconstruction
-    steps     a clip's time against denoising steps: should be linear
+    steps     a clip's time and memory against denoising steps: linear, and constant
     batch     time a clip and memory against prompts in a batch: should fall
     ranks     training steps a second at one global batch, on 1 and 2 ranks of torchrun (on tiny/'s
               scenes, which are composed first if they aren't there: five minutes)
@@ -67,39 +67,32 @@ sample.generate(model, ["dog barking"]); lap("phases (Griffin-Lim)")
     command("-c", code)
 
 
-def measure_here(function) -> float:
-    function()
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def generating(n: int, steps: int) -> None:
+    code = """
+import sys, time, sample
+n, steps, model = int(sys.argv[1]), int(sys.argv[2]), sample.load_model()
+decode = model.codec.decode
+model.codec.decode = lambda z: (denoised.append(time.perf_counter()), decode(z))[1]
+denoised = []
+sample.generate(model, ["dog"] * n, steps=2, batch_size=n)
+start = time.perf_counter()
+sample.generate(model, ["dog"] * n, steps=steps, batch_size=n)
+total, unet = (end - start for end in (time.perf_counter(), denoised[-1]))
+memory = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20
+print(f"batch {n:3}, {steps:3} steps: {total / n:6.2f} s a clip, {unet / n:6.2f} s of it until the "
+      f"latent is there, {memory:.2f} GiB")
+"""
+    command("-c", code, str(n), str(steps))
 
 
 def steps() -> None:
-    import sample
-
-    model = sample.load_model()
-    model.codec.decode = lambda z: z[:, 0]  # only the U-Net
-    print("steps: " + ", ".join(
-        f"{n}: {measure_here(lambda n=n: sample.generate(model, ['dog'], steps=n)):.2f} s"
-        for n in (10, 20, 45, 90)
-    ))  # fmt: skip
+    for number in (10, 20, 45, 90, 180):
+        generating(1, number)
 
 
 def batch() -> None:
-    code = """
-import sys, time, sample
-n, model = int(sys.argv[1]), sample.load_model()
-sample.generate(model, ["dog"] * n, steps=2, batch_size=n)
-start = time.perf_counter()
-sample.generate(model, ["dog"] * n, batch_size=n)
-memory = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**20
-print(f"batch {n:3}: {(time.perf_counter() - start) / n:6.2f} s a clip, {memory:.2f} GiB")
-"""
     for n in (1, 2, 4, 8, 16, 32):
-        command("-c", code, str(n))
+        generating(n, 45)
 
 
 def ranks() -> None:

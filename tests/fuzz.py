@@ -55,7 +55,7 @@ import train
 from appendix import caption_scores
 from latents import CLIP_SAMPLES, LatentDataset, LatentStats, MelCodec, to_grid
 from tests.conftest import save_bert
-from unet import UNet, UNetConfig
+from unet import ControlNet, UNet, UNetConfig
 
 SECONDS = 20  # for one input
 MEMORY = 3 * 2**30  # bytes that one input may ask for, beside what the process has
@@ -335,6 +335,8 @@ def make_targets(root: Path) -> dict[str, Target]:
     about = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 2})}
     lora = safetensors.torch.save(lora, about)
 
+    ControlNet.copy_of(model.unet).save_pretrained(root / "controlnet")
+
     classifier = evaluate.Cnn14(2, (4,) * 6, ["dog", "cat"])
     classifier.save(root / "classifier.safetensors")
     state = dict(classifier.state_dict())
@@ -381,6 +383,15 @@ def make_targets(root: Path) -> dict[str, Target]:
             {"test.csv": b'youtube_id,caption\na,"a dog, barking"\n', "run.jsonl": b'{"id": 1}\n'},
             read_tables,
         ),
+        "ratings": Target(
+            {
+                "ratings.csv": b"rater,row,score\r\nAda,1,0.5\r\nAda,2,\r\n",
+                "key.json": b'{"1": ["a", "zero"], "2": ["a", "few"]}',
+            },
+            lambda name: caption_scores.main(
+                ["average", "in/ratings.csv", "--key", "in/key.json"],
+            ),
+        ),
         "model folder": Target(
             folder,
             lambda name: sample.main([*options, "--model", "in", "rain"]),
@@ -401,6 +412,10 @@ def make_targets(root: Path) -> dict[str, Target]:
         ),
         "embedding": Target({"e.safetensors": words}, add(sample.add_embedding)),
         "LoRA": Target({"l.safetensors": lora}, add(sample.add_lora)),
+        "ControlNet": Target(
+            contents(root / "controlnet"),
+            add(lambda model, _: sample.add_control(model, "in", torch.rand(1000))),
+        ),
         "classifier": Target(classifiers, lambda name: evaluate.Cnn14.load(f"in/{name}")),
         "checkpoint": Target(
             checkpoints, lambda name: train.load_newest(run), ("checkpoints/step-0000006.pt",)

@@ -8,6 +8,7 @@ those tests are skipped where it isn't installed.
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -592,6 +593,21 @@ def test_an_interrupted_run_goes_on_where_it_was(many, tmp_path):
     assert not any(f"Label {i}." in query for i in range(10) for query in asked)
     p = spoken(tmp_path / "cut")  # there is nothing left to do
     assert process("labels", many, p) == path and not p.language_model.asked
+    assert path.read_bytes() == whole
+
+
+def test_a_disk_that_fills_up(many, tmp_path):
+    """Stood in for by a limit on the size of files, in the middle of the third batch."""
+    whole = process("labels", many, spoken(tmp_path / "whole")).read_bytes()
+    path, limits = tmp_path / "out/labels.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"labels.jsonl: not written \(File too large\)"):
+            process("labels", many, spoken(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes().count(b"\n") >= 10 and whole.startswith(path.read_bytes())
+    assert process("labels", many, spoken(tmp_path / "out")) == path
     assert path.read_bytes() == whole
 
 

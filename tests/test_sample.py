@@ -1004,6 +1004,9 @@ def test_full_disk_keeps_what_is_written(main, here, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert failure.value.code == "error: rain.wav: not written (File too large)"
     assert names(here) == ["dog.wav"]
+    main("rain", "--seconds", 8)
+    assert names(here) == ["dog.wav", "rain.wav"]
+    assert soundfile.info(here / "rain.wav").frames == 8 * 16_000
 
 
 @pytest.mark.parametrize("reason", [OSError(28, "No space left on device"), KeyboardInterrupt()])
