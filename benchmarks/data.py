@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latents import CLIP_SAMPLES, FRAMES, EncodecCodec, LatentDataset, encode_dataset
+from latents import CLIP_SAMPLES, FRAMES, EncodecCodec, LatentDataset, encode_dataset, keep_freed_memory
 
 
 class RandomCodes:
@@ -78,6 +78,7 @@ def own_memory() -> int:
 
 def measure(folder: Path, batch_size: int, seconds: float = 5.0) -> dict:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in train.py
     started = time.perf_counter()
     data = LatentDataset(folder)
     opened = time.perf_counter() - started

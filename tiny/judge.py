@@ -9,7 +9,8 @@
 2. CLASSES. Clips of each class by its plain caption; how often the tagger's first guess, or one of
    its first five, is the class asked for, beside the same for real held-out clips of that class.
 3. PAIRS. Prompts with two sounds: does the tagger hear both, each more than in nine of ten clips
-   whose prompts don't name it? Beside the same for scenes of held-out recordings of the two.
+   whose prompts don't name it? Beside the same for scenes of held-out recordings of the two, and
+   of training recordings, which the tagger has learned from: what it can hear at best.
 4. NEAREST. For each clip of 2 the nearest training recording, by the cosine of the tagger's
    embeddings, beside the same for real held-out clips: memorising is seen for what it is.
 
@@ -183,26 +184,29 @@ def judge(args: argparse.Namespace) -> dict:
         f"pair-{k:02d}": (classes[k], classes[k - len(classes) + 7]) for k in range(len(classes))
     }
     texts = {n: " and ".join(wording[label]["full"] for label in pair) for n, pair in pairs.items()}
-    scenes = {name: real_scene([*pair], recordings, 0) for name, pair in pairs.items()}
-    write_scenes(out / "pairs" / "real", scenes, recordings)
+    known = Recordings(HERE / "recordings.csv", "train")
+    for kind, takes in (("real", recordings), ("training", known)):
+        scenes = {name: real_scene([*pair], takes, 0) for name, pair in pairs.items()}
+        write_scenes(out / "pairs" / kind, scenes, takes)
     write_generated(out / "pairs" / "generated", texts, model, args)
     both = {}
-    for kind, (others, _, other_logits) in heard.items():
+    for kind in ("generated", "real", "training"):
+        others, _, other_logits = heard["generated" if kind == "generated" else "real"]
         names, _, logits = hear(evaluate.sounds_of(out / "pairs" / kind), tagger)
         named = [set(pairs[n]) for n in names] + [{asked[n]} for n in others]
         logits = torch.cat([logits, other_logits])
         both[kind] = judge_pairs(logits, named, len(names), tagger.labels)
 
     # 4. Nearest training recording
-    training = Recordings(HERE / "recordings.csv", "train").classes.values()
-    files = [take["file"] for sources in training for takes in sources.values() for take in takes]
-    known, embeddings, _ = hear({file: HERE / file for file in files}, tagger)
+    sources = [takes for by_source in known.classes.values() for takes in by_source.values()]
+    files = [take["file"] for takes in sources for take in takes]
+    names, embeddings, _ = hear({file: HERE / file for file in files}, tagger)
     embeddings = F.normalize(embeddings, dim=1)
     cosines = {
         kind: (F.normalize(e, dim=1) @ embeddings.T).max(1) for kind, (_, e, _) in heard.items()
     }
     nearest = {
-        n: {"prompt": prompts[n], "recording": known[i], "cosine": round(best, 4)}
+        n: {"prompt": prompts[n], "recording": names[i], "cosine": round(best, 4)}
         for n, best, i in zip(
             heard["generated"][0], *map(torch.Tensor.tolist, cosines["generated"])
         )
@@ -226,7 +230,7 @@ def show(result: dict) -> None:
         print(f"{label:34}{''.join(cells[:2]):>16}{''.join(cells[2:]):>18}")
     pairs = result["pairs heard"]
     print(f"two sounds asked for, both heard: generated {pairs['generated']:.0%}, held-out real "
-          f"{pairs['real']:.0%}")  # fmt: skip
+          f"{pairs['real']:.0%}, training recordings {pairs['training']:.0%}")  # fmt: skip
     similarity = result["median cosine to the nearest training recording"]
     print(f"nearest training recording, median cosine: generated {similarity['generated']:.3f}, "
           f"held-out real {similarity['real']:.3f}")  # fmt: skip
