@@ -24,7 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latents import CLIP_SAMPLES, FRAMES, EncodecCodec, LatentDataset, encode_dataset, keep_freed_memory
+from latents import (
+    CLIP_SAMPLES,
+    FRAMES,
+    EncodecCodec,
+    LatentDataset,
+    encode_dataset,
+    keep_freed_memory,
+)
 
 
 class RandomCodes:

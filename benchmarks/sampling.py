@@ -1,7 +1,8 @@
 """How long a clip takes at full width, here and with diffusers.
 
 The papers' network (861,022,528 parameters, random: their values don't matter to speed), a text of
-50 tokens of T5-large's width, PNDM, guidance 6.5. In turn, on the same weights, noise and threads:
+50 tokens of T5-large's width, PNDM, guidance 6.5. In turn, on the same weights, noise and threads,
+each in a process of its own (ours keeps freed memory there, as `sample.py` does):
 
     diffusers, float32        Stable Diffusion's pipeline loop: UNet2DConditionModel, PNDMScheduler
     diffusers, bf16           the same at its best on a CPU: autocast, channels-last
@@ -18,6 +19,9 @@ import argparse
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,10 +32,11 @@ from torch import Tensor
 import diffusion
 import sample
 from benchmarks.arithmetic import TOKENS, forward_flops
-from latents import GRID, LatentStats
+from latents import GRID, LatentStats, keep_freed_memory
 from unet import UNet, UNetConfig, to_diffusers_config
 
 GUIDANCE = 6.5
+RUNS = ("diffusers, float32", "diffusers, bf16", "here, float32", "here, bf16")
 
 
 class Given:
@@ -44,7 +49,7 @@ class Given:
         return self.states, None
 
 
-def ours(unet: UNet, states: Tensor, steps: int, precision: str) -> Tensor:
+def ours(unet: UNet, states: Tensor, *, steps: int, precision: str) -> Tensor:
     channels = unet.config.in_channels
     model = sample.Model(
         unet=unet,
@@ -60,7 +65,7 @@ def ours(unet: UNet, states: Tensor, steps: int, precision: str) -> Tensor:
 
 
 @torch.no_grad()
-def theirs(unet: UNet2DConditionModel, states: Tensor, steps: int, bf16: bool) -> Tensor:
+def theirs(unet: UNet2DConditionModel, states: Tensor, *, steps: int, bf16: bool) -> Tensor:
     """The loop of diffusers' StableDiffusionPipeline, guidance as it does it."""
     betas = betas_of(diffusion.cosine_alphas_cumprod())
     scheduler = PNDMScheduler(
@@ -98,6 +103,28 @@ def peak_flops(dtype: torch.dtype, size: int = 4096) -> float:
     return 2 * size**3 / min(times)
 
 
+def measure(name: str, steps: int) -> tuple[float, np.ndarray]:
+    """Seconds for a latent, and the latent, of one of RUNS; the first call of the network aside."""
+    torch.manual_seed(0)
+    states, unet, bf16 = torch.randn(2, TOKENS, 1024), UNet(UNetConfig()).eval(), "bf16" in name
+    if name.startswith("diffusers"):
+        with torch.device("meta"):
+            peer = UNet2DConditionModel.from_config(to_diffusers_config(unet.config))
+        peer.load_state_dict(unet.state_dict(), assign=True)
+        peer.eval()
+        if bf16:
+            peer.to(memory_format=torch.channels_last)
+        run = partial(theirs, peer, states, bf16=bf16)
+    else:
+        keep_freed_memory()  # as sample.load_model does
+        unet.to(memory_format=torch.channels_last)
+        run = partial(ours, unet, states, precision="bf16" if bf16 else "fp32")
+    run(steps=2)
+    started = time.perf_counter()
+    latent = run(steps=steps)
+    return time.perf_counter() - started, latent.numpy()
+
+
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
@@ -106,8 +133,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="those with this in their name [all]")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    states = torch.randn(2, TOKENS, 1024)
     with torch.device("meta"):
         flops = 2 * forward_flops(UNet(UNetConfig()))
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
@@ -115,38 +140,22 @@ def main() -> None:
         print(f"{name}: {peak / 1e9:.0f} GFLOP/s in a matrix product; a step's {flops / 1e9:.0f} "
               f"GFLOP take {flops / peak:.2f} s at that")  # fmt: skip
 
-    with torch.device("meta"):
-        peer = UNet2DConditionModel.from_config(to_diffusers_config(UNetConfig()))
-    unet = UNet(UNetConfig()).eval()
-    unet.to(memory_format=torch.channels_last)
-    peer.load_state_dict(unet.state_dict(), assign=True)  # the same tensors: memory for one
-    peer.eval()
-    plain = UNet2DConditionModel.from_config(to_diffusers_config(UNetConfig()))
-    plain.load_state_dict(unet.state_dict())  # a copy, in the layout that diffusers' users have
-    plain.eval()
-
-    runs = {
-        "diffusers, float32": lambda: theirs(plain, states, args.steps, False),
-        "diffusers, bf16": lambda: theirs(peer, states, args.steps, True),
-        "here, float32": lambda: ours(unet, states, args.steps, "fp32"),
-        "here, bf16": lambda: ours(unet, states, args.steps, "bf16"),
-    }
-    runs = {name: run for name, run in runs.items() if args.only in name}
-    times, latents = {name: [] for name in runs}, {}
+    names = [name for name in RUNS if args.only in name]
+    times, latent = {name: [] for name in names}, {}
     for number in range(args.rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            latents[name] = run()
-            times[name].append(time.perf_counter() - started)
-            print(f"round {number + 1}: {name} {times[name][-1]:.1f} s", flush=True)
+        for name in names:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                seconds, latent[name] = pool.submit(measure, name, args.steps).result()
+            times[name].append(seconds)
+            print(f"round {number + 1}: {name} {seconds:.1f} s", flush=True)
 
-    first = next(iter(runs))
+    first = names[0]
     print(f"\n{args.steps} steps, {torch.get_num_threads()} threads; ratios to '{first}', round by "
           "round: median (lowest to highest)\n")  # fmt: skip
-    for name in runs:
+    for name in names:
         ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
         ratio = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
-        error = ((latents[name] - latents[first]).norm() / latents[first].norm()).item()
+        error = np.linalg.norm(latent[name] - latent[first]) / np.linalg.norm(latent[first])
         print(f"{name:20}{statistics.median(times[name]):7.1f} s   {ratio}   latent differs by "
               f"{error:.1e}")  # fmt: skip
         if not error < (1e-4 if "float32" in name and "float32" in first else 2e-2):
