@@ -5,7 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import importlib.util
 import json
+import shutil
 import string
 from html.parser import HTMLParser
 
@@ -36,6 +38,19 @@ def quick_sounds():
         patch.setattr(MelCodec, "iterations", 2)
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ffmpeg(tmp_path_factory):
+    """The ffmpeg program, if the machine has none: that of the package imageio-ffmpeg."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not shutil.which("ffmpeg") and importlib.util.find_spec("imageio_ffmpeg"):
+            from imageio_ffmpeg import get_ffmpeg_exe
+
+            folder = tmp_path_factory.mktemp("ffmpeg")
+            (folder / "ffmpeg").symlink_to(get_ffmpeg_exe())
+            patch.setenv("PATH", str(folder), prepend=os.pathsep)
+        yield
 
 
 def save_bert(folder):
