@@ -1,8 +1,7 @@
 """captions.py's pipeline: prompts against the papers' text, models against transformers' own.
 
 Language models and BLIP-2 are built here with small random weights. Where a test is about what is
-done with an answer, a scripted language model gives it. Video is made by the ffmpeg program, and
-those tests are skipped where it isn't installed.
+done with an answer, a scripted language model gives it. Video is made by the ffmpeg program.
 """
 
 import importlib.util
@@ -621,6 +620,17 @@ def test_ranks_give_what_one_gives(many, tmp_path):
     many.write_text(many.read_text().split("\n")[0])  # more ranks than batches
     paths = [process("labels", many, spoken(tmp_path / "few"), rank, 2) for rank in (0, 1)]
     assert b"".join(path.read_bytes() for path in paths) == one.splitlines(keepends=True)[0]
+
+
+def test_the_command_shares_the_work_under_torchrun(many, tmp_path, monkeypatch, capsys):
+    command = ["single-label", str(many), "--batch-size", "5", "--out"]
+    captions.main([*command, str(tmp_path / "one")])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        captions.main([*command, str(tmp_path / "two")])
+    one, *two = [Path(path).read_bytes() for path in capsys.readouterr().out.split()]
+    assert b"".join(two) == one and all(two)
 
 
 def test_a_folder_begun_with_other_settings_or_another_table(many, tmp_path):
