@@ -405,6 +405,9 @@ def _load(what, name, device, dtype=None, quantize=""):
     if not words or tokenizer.unk_token_id in words:
         raise ValueError(f"{what} {name}: no usable tokenizer; it needs a tokenizer.json")
     model = model.text_model if kind == CLASSES["clap"] else model  # before CLAP's projection
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # PyTorch checks it even where it isn't used, and a config can say NaN
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 
@@ -901,8 +904,12 @@ def process(step: str, table: str | Path, p: Pipeline, rank: int = 0, ranks: int
     if settings.exists() and settings.read_text() != now:
         raise ValueError(f"{path}: begun with other settings ({settings.name}); use a new --out")
     aside = settings.with_suffix(".tmp")  # whole or not at all: a torn one would fit no command
-    aside.write_text(now)
-    aside.replace(settings)
+    try:
+        aside.write_text(now)
+        aside.replace(settings)
+    except OSError as e:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{settings}: not written ({e.strerror})") from e
 
     size, batches = p.batch_size, math.ceil(count / p.batch_size)
     first = batches * rank // ranks * size  # this rank's share begins here, and ends there

@@ -341,24 +341,22 @@ def _expect(batch: Tensor, *shape: int | None) -> Tensor:
 
 def pick_device(name: str | None) -> torch.device:
     """What `--device` means: a device's name, or nothing for CUDA where there is one. Under
-    torchrun, "cuda" gives each rank a GPU of its own. With "cpu", this process also keeps freed
-    memory from here on. ValueError for a device that isn't there."""
+    torchrun, "cuda" gives each rank a GPU of its own. ValueError for a device that isn't there."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     name = name or found[0].removesuffix(":0")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name not in found:
         raise ValueError(f"device {name}: PyTorch finds only {', '.join(found)} here")
-    if name == "cpu":
-        keep_freed_memory()
-    else:
+    if name != "cpu":
         torch.cuda.set_device(name)
     return torch.device(name)
 
 
 def keep_freed_memory() -> None:
-    """Large blocks that are freed stay with this process. glibc gives them back to the system,
-    which clears each page when they are asked for again: half of a training step's time."""
+    """From here on, large blocks that are freed stay with this process, and serve its main thread
+    again. glibc gives them back to the system, which clears each page when they are asked for
+    again: on a CPU, half of a training step's time. Without glibc, nothing changes."""
     if platform.libc_ver()[0] == "glibc":
         mallopt, m_trim_threshold, m_mmap_max = ctypes.CDLL(None).mallopt, -1, -4
         mallopt(m_mmap_max, 0)
@@ -605,7 +603,15 @@ def _encode_shard(codec, rows: list[dict], loader, batch_size: int, bar: tqdm) -
 
 
 def _index(folder: Path) -> dict[str, bytes]:
-    """The files that make one data set of the shards, by name, computed from the shards."""
+    """The files that make one data set of the shards, by name, computed from the shards.
+    ValueError if a shard is damaged or all rows were skipped."""
+    try:
+        return _join(folder)
+    except (LookupError, TypeError, OverflowError, RuntimeError, csv.Error) as e:
+        raise ValueError(f"{folder}: damaged, shards don't fit together ({e!r:.80})") from e
+
+
+def _join(folder: Path) -> dict[str, bytes]:
     plan = read_json(folder / "plan.json", "codec", "rows", "shard_rows")
     stats = LatentStats(torch.zeros(0), torch.zeros(0))
     clips, skipped, offsets, label_ids, label_starts = [], [], [], [], [0]
@@ -613,7 +619,6 @@ def _index(folder: Path) -> dict[str, bytes]:
     for i in range(0, plan["rows"], plan["shard_rows"]):
         path = folder / f"shard-{i // plan['shard_rows']:05d}.json"
         done = read_json(path, "clips", "skipped", "count", "mean", "std")
-        clips.append(done["clips"])
         skipped += done["skipped"]
         mean, std = torch.tensor([done["mean"], done["std"]], dtype=torch.float64)
         stats = stats.merge(LatentStats(mean, std, done["count"]))
@@ -625,6 +630,9 @@ def _index(folder: Path) -> dict[str, bytes]:
                 for label in json.loads(line)["labels"]:
                     label_ids.append(numbers.setdefault(label, len(numbers)))
                 label_starts.append(len(label_ids))
+        if done["clips"] != len(offsets) - sum(clips):
+            raise ValueError(f"{path}: damaged, {done['clips']!r:.40} clips are not its lines'")
+        clips.append(done["clips"])
     report = io.StringIO()
     csv.writer(report, lineterminator="\n").writerows([["file", "reason"], *skipped])
     if not offsets:
@@ -800,11 +808,7 @@ def check_dataset(folder: str | Path) -> str:
             with open(path.with_suffix(suffix), "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != done[suffix]:
                     raise ValueError(f"{path.with_suffix(suffix)}: damaged, its bytes have changed")
-    try:
-        index = _index(data.folder)
-    except (LookupError, TypeError, OverflowError, RuntimeError, csv.Error) as e:
-        raise ValueError(f"{folder}: damaged, shards don't fit together ({e!r:.80})") from e
-    for name, expected in index.items():
+    for name, expected in _index(data.folder).items():
         if (data.folder / name).read_bytes() != expected:
             raise ValueError(f"{data.folder / name}: damaged, it isn't what the shards give")
     codec = data.codec.get("name")

@@ -58,6 +58,7 @@ from latents import (
     SAMPLE_RATE,
     LatentDataset,
     LatentStats,
+    keep_freed_memory,
     load_codec,
     pick_device,
     read_json,
@@ -217,6 +218,7 @@ class Run:
     def __init__(self, c: Config):
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(c.device)
+        keep_freed_memory()
         if self.ranks > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=1))  # composing takes a while

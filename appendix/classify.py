@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import latents
 from evaluate import Cnn14, ConvBlock, log_mel, mel_matrix
-from latents import LatentDataset, write_aside
+from latents import LatentDataset, keep_freed_memory, write_aside
 from train import clips_of_step, learning_rate
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -305,6 +305,7 @@ def train(c: Config, data: LatentDataset, held_out: LatentDataset, out: Path, de
 
     Goes on from OUT/checkpoint.pt, written every so often, if a run of the same settings left one.
     """
+    keep_freed_memory()
     torch.manual_seed(c.seed)
     labels = data.labels
     tagger = make_tagger(c.model, labels, c.width).to(device)

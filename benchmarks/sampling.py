@@ -2,16 +2,17 @@
 
 The papers' network (861,022,528 parameters, random: their values don't matter to speed), a text of
 50 tokens of T5-large's width, PNDM, guidance 6.5. In turn, on the same weights, noise and threads,
-each in a process of its own (ours keeps freed memory there, as `sample.py` does):
+each in a process of its own:
 
     diffusers, float32        Stable Diffusion's pipeline loop: UNet2DConditionModel, PNDMScheduler
     diffusers, bf16           the same at its best on a CPU: autocast, channels-last
+      …, freed memory kept    and with what `sample.py` does on a CPU (`latents.keep_freed_memory`)
     here, float32 and bf16    sample.generate, from the text's states to the latent
 
 The final latents are compared, and the matrix products of one step are counted and set against what
 this machine does in one large product.
 
-    python -m benchmarks.sampling                     45 steps, 3 rounds: half an hour on 2 cores
+    python -m benchmarks.sampling                     45 steps, 3 rounds: 16 minutes on 2 cores
     python -m benchmarks.sampling --steps 10 --rounds 5 --only bf16
 """
 
@@ -36,7 +37,13 @@ from latents import GRID, LatentStats, keep_freed_memory
 from unet import UNet, UNetConfig, to_diffusers_config
 
 GUIDANCE = 6.5
-RUNS = ("diffusers, float32", "diffusers, bf16", "here, float32", "here, bf16")
+RUNS = (
+    "diffusers, float32",
+    "diffusers, bf16",
+    "diffusers, bf16, freed memory kept",
+    "here, float32",
+    "here, bf16",
+)
 
 
 class Given:
@@ -107,6 +114,8 @@ def measure(name: str, steps: int) -> tuple[float, np.ndarray]:
     """Seconds for a latent, and the latent, of one of RUNS; the first call of the network aside."""
     torch.manual_seed(0)
     states, unet, bf16 = torch.randn(2, TOKENS, 1024), UNet(UNetConfig()).eval(), "bf16" in name
+    if name.startswith("here") or name.endswith("kept"):
+        keep_freed_memory()  # as sample.load_model does
     if name.startswith("diffusers"):
         with torch.device("meta"):
             peer = UNet2DConditionModel.from_config(to_diffusers_config(unet.config))
@@ -116,7 +125,6 @@ def measure(name: str, steps: int) -> tuple[float, np.ndarray]:
             peer.to(memory_format=torch.channels_last)
         run = partial(theirs, peer, states, bf16=bf16)
     else:
-        keep_freed_memory()  # as sample.load_model does
         unet.to(memory_format=torch.channels_last)
         run = partial(ours, unet, states, precision="bf16" if bf16 else "fp32")
     run(steps=2)
@@ -141,6 +149,8 @@ def main() -> None:
               f"GFLOP take {flops / peak:.2f} s at that")  # fmt: skip
 
     names = [name for name in RUNS if args.only in name]
+    if not names:
+        parser.error(f"--only {args.only}: expected a part of {'; '.join(RUNS)}")
     times, latent = {name: [] for name in names}, {}
     for number in range(args.rounds):
         for name in names:
@@ -156,7 +166,7 @@ def main() -> None:
         ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
         ratio = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
         error = np.linalg.norm(latent[name] - latent[first]) / np.linalg.norm(latent[first])
-        print(f"{name:20}{statistics.median(times[name]):7.1f} s   {ratio}   latent differs by "
+        print(f"{name:36}{statistics.median(times[name]):7.1f} s   {ratio}   latent differs by "
               f"{error:.1e}")  # fmt: skip
         if not error < (1e-4 if "float32" in name and "float32" in first else 2e-2):
             sys.exit(f"error: {name} disagrees with {first}")

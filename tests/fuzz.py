@@ -368,7 +368,14 @@ def make_targets(root: Path) -> dict[str, Target]:
     checkpoints = {f"checkpoints/{path}": data
                    for path, data in contents(root / "run/checkpoints").items()}  # fmt: skip
 
+    def encode_again(name: str) -> None:
+        shutil.copytree("in", "out", dirs_exist_ok=True)
+        latents.encode_dataset(
+            "out", MelCodec(), rows, lambda row: torch.rand(1, CLIP_SAMPLES), shard_rows=4
+        )
+
     data, bert = contents(root / "data"), contents(root / "bert")
+    begun = {x: y for x, y in data.items() if x == "plan.json" or x.startswith("shard-")}
     return {
         "audio": Target(SOUNDS, read_audio),
         "init audio": Target(SOUNDS, init_audio),
@@ -421,6 +428,7 @@ def make_targets(root: Path) -> dict[str, Target]:
             checkpoints, lambda name: train.load_newest(run), ("checkpoints/step-0000006.pt",)
         ),
         "data set": Target(data, read_data),
+        "data set, begun": Target(begun, encode_again),
         "data set, checked": Target(data, lambda name: print(latents.check_dataset("in"))),
     }
 

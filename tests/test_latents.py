@@ -570,7 +570,7 @@ def test_freed_memory_is_kept():
     code = """
 import resource, sys, torch, latents
 if sys.argv[1] == "kept":
-    latents.pick_device("cpu")
+    latents.keep_freed_memory()
 for _ in range(4):
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
