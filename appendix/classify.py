@@ -183,7 +183,7 @@ def make_tagger(model: str, labels: list[str], width: int) -> nn.Module:
 
 def save_tagger(path: Path, tagger: nn.Module, model: str, labels: list[str], width: int) -> None:
     """Safetensors; one of a cnn14 is also a classifier for evaluate.py."""
-    state = {name: value.half() if value.is_floating_point() else value
+    state = {name: (value.half() if value.is_floating_point() else value).contiguous()
              for name, value in tagger.state_dict().items()}  # fmt: skip
     about = {"model": model, "labels": json.dumps(labels), "width": str(width)}
     write_aside(path, safetensors.torch.save(state, about))
@@ -308,7 +308,7 @@ def train(c: Config, data: LatentDataset, held_out: LatentDataset, out: Path, de
     keep_freed_memory()
     torch.manual_seed(c.seed)
     labels = data.labels
-    tagger = make_tagger(c.model, labels, c.width).to(device)
+    tagger = make_tagger(c.model, labels, c.width).to(device, memory_format=torch.channels_last)
     decay = [p for p in tagger.parameters() if p.dim() > 1]
     rest = [p for p in tagger.parameters() if p.dim() <= 1]
     groups = [

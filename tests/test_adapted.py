@@ -48,12 +48,12 @@ def test_end_to_end(small, tmp_path, monkeypatch, capsys):
     adapted.main(arguments)
     result = json.loads((out / "adapted.json").read_text())
     sets = ["before", "textual-inversion", "lora", "dreambooth", "dreambooth-class"]
-    assert [*result["sound"]] == ["recordings", *sets]
+    assert [*result["sound"]] == ["floor", "ceiling", *sets]
     assert result["sound"]["dreambooth"]["prompt"] == "The sound of sks stream"
-    for name in sets:
-        row = result["sound"][name]
+    for row in result["sound"].values():
         assert 0 <= row["top-1"] <= row["top-5"] <= 1 and -1 <= row["cosine"] < 1.001
         assert row["FD"] >= 0 and math.isfinite(row["KL_softmax"])
+    assert len({row["FD"] for row in result["sound"].values()}) == 7
     sounds = {name: (out / name / "sounds" / "00.wav").read_bytes() for name in sets}
     assert len(set(sounds.values())) == 5  # each comes of another prompt, or another model
     for row in result["control"].values():

@@ -7,8 +7,9 @@ For three of them a few held-out recordings of a class are the sound to be learn
 streams, which the model misses): eight scenes of these recordings are what adapt.py gets, other
 scenes of the same recordings are what the model's sounds are compared with. The tagger says how
 often its first guess (or one of five) is the class, evaluate.py how far the sounds are from the
-recordings' (FD, KL), and the cosine of embeddings how near each is to the nearest of the scenes
-that were learned from. DreamBooth's model is asked for the class without the rare word as well.
+recordings' (FD, KL; with a floor and a ceiling), and the cosine of embeddings how near each is to
+the nearest of the scenes that were learned from. DreamBooth's model is asked for the class without
+the rare word as well.
 
 For controlnet the prompts are captions of held-out scenes, the control is the scene's loudness, and
 what counts is the correlation of the loudness of what comes with it, frame by frame.
@@ -19,6 +20,7 @@ again.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -90,16 +92,19 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[str, Callable[[], s
 
 
 def judge_sound(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse.Namespace) -> dict:
-    """Set -> its numbers."""
-    scenes = [judge.real_scene([args.label], recordings, i) for i in range(LEARN + args.clips)]
-    known = {f"{i:02d}": scene for i, scene in enumerate(scenes[:LEARN])}
-    others = {f"{i:02d}": scene for i, scene in enumerate(scenes[LEARN:])}
-    judge.write_scenes(args.out / "learned-from", known, recordings)
-    judge.write_scenes(args.out / "reference", others, recordings)
-    hear = partial(hear_folder, tagger=tagger)
-    learned, reference = (hear(args.out / name) for name in ("learned-from", "reference"))
-    width = tagger.widths[-1]
-    rows = {"recordings": (None, reference)}
+    """Set -> its numbers. Two are no model's: floor, further scenes of the same recordings, and
+    ceiling, what the codec leaves of these."""
+    numbers, hear, real = itertools.count(), partial(hear_folder, tagger=tagger), {}
+    for name, clips in (("learned-from", LEARN), ("reference", args.clips), ("floor", args.clips)):
+        scenes = [judge.real_scene([args.label], recordings, next(numbers)) for _ in range(clips)]
+        named = {f"{i:02d}": scene for i, scene in enumerate(scenes)}
+        judge.write_scenes(args.out / name, named, recordings)
+        real[name] = hear(args.out / name)
+    learned, reference, width = real["learned-from"], real["reference"], tagger.widths[-1]
+    codec = sample.load_model(args.model, args.device).codec
+    files = evaluate.sounds_of(args.out / "floor")
+    ceiling = {name: partial(evaluate.reconstruct, codec, path) for name, path in files.items()}
+    rows = {"floor": (None, real["floor"]), "ceiling": (None, evaluate.hear(ceiling, tagger))}
     for name, (prompt, model) in experiments(args).items():
         folder = args.out / name / "sounds"
         prompts = {f"{i:02d}": prompt for i in range(args.clips)}
@@ -113,8 +118,8 @@ def judge_sound(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse.N
         nearest = (embeddings @ F.normalize(learned.values[:, :width], dim=1).T).max(1).values
         row = {"prompt": prompt, "top-1": float((rank < 1).mean())}
         row |= {"top-5": float((rank < 5).mean()), "cosine": nearest.median().item()}
-        scores = evaluate.measure(heard, reference, width, True) if prompt else {}
-        result[name] = row | {key: scores[key] for key in ("FD", "KL_softmax") if scores}
+        scores = evaluate.measure(heard, reference, width, True)
+        result[name] = row | {key: scores[key] for key in ("FD", "KL_softmax")}
     return result
 
 
@@ -222,8 +227,10 @@ def run(args: argparse.Namespace) -> None:
     if set(args.methods) - {"controlnet"}:
         result["sound"] = result.get("sound", {}) | judge_sound(recordings, tagger, args)
         show(result["sound"])
-        folders = {name: args.out / name / "sounds" for name in result["sound"]}
-        picture(args.out / "adapted.png", folders | {"recordings": args.out / "learned-from"})
+        made = [name for name, row in result["sound"].items() if row["prompt"]]
+        folders = {"recordings": args.out / "learned-from"}
+        folders |= {name: args.out / name / "sounds" for name in made}
+        picture(args.out / "adapted.png", folders)
     if "controlnet" in args.methods:
         result["control"] = judge_control(recordings, tagger, args)
         show(result["control"])
