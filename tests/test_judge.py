@@ -1,5 +1,6 @@
 """tiny/judge.py: end to end with a random model and a random tagger, and its parts by hand."""
 
+import argparse
 import json
 
 import numpy as np
@@ -21,6 +22,8 @@ def recordings():
 
 def test_other_scenes_have_the_same_labels(recordings):
     different = 0
+    takes = {x: [t["file"] for ts in recordings.classes[x].values() for t in ts]
+             for x in recordings.names}  # fmt: skip
     for i, scene in enumerate(draw_scenes(recordings, "test", 40, judge.SEED)):
         other = judge.other_scene(scene, recordings, i)
         labels = [[layer["label"] for layer in s["layers"]] for s in (scene, other)]
@@ -30,7 +33,25 @@ def test_other_scenes_have_the_same_labels(recordings):
             [e["start"] for layer in s["layers"] for e in layer["events"]] for s in (scene, other)
         ]
         different += events[0] != events[1]
+        used = judge.recordings_of(scene)  # other recordings, unless that leaves a class none
+        for layer in other["layers"]:
+            assert (
+                not {e["file"] for e in layer["events"]} & used
+                or set(takes[layer["label"]]) <= used
+            )
     assert different >= 39
+
+
+def test_without():
+    recordings = argparse.Namespace(classes={
+        "a": {"s": [{"file": "1"}, {"file": "2"}], "t": [{"file": "3"}]},
+        "b": {"u": [{"file": "4"}, {"file": "5"}]},
+        "c": {"v": [{"file": "6"}]},
+    })  # fmt: skip
+    left = judge.without(recordings, {"1", "4", "6"}).classes
+    assert left["a"] == {"t": [{"file": "3"}]}  # 2 is of the same source as 1
+    assert left["b"] == {"u": [{"file": "5"}]} and left["c"] == {"v": [{"file": "6"}]}
+    assert len(recordings.classes["a"]) == 2
 
 
 def test_real_scenes_are_of_one_class(recordings):
@@ -87,6 +108,8 @@ def test_end_to_end(recordings, tmp_path, monkeypatch, capsys):
     assert 0 <= result["totals"]["generated top-1"] <= result["totals"]["generated top-5"] <= 1
     for row in result["nearest"].values():
         assert (HERE / row["recording"]).is_file()
+    assert 0 < result["floor shares a recording"] < 1
+    assert set(result["pairs heard"]) == set(judge.KINDS)
     assert "both heard" in capsys.readouterr().out
 
     # What is there is not made again: what was written by hand survives, what was lost comes back.

@@ -4,21 +4,25 @@
     python -m tiny.judge --model runs/tiny/model --out runs/judge-mine
 
 1. SETS. Scenes of held-out recordings are composed (reference), and for each another one with the
-   same labels from other draws of the held-out recordings (other); the model is asked for the
-   reference's captions (generated). evaluate.py compares the three, with all its controls.
+   same labels from other held-out recordings (floor; some classes have only one: how many scenes
+   share one with theirs is said); the model is asked for the reference's captions (generated).
+   evaluate.py compares the three, with all its controls.
 2. CLASSES. Clips of each class by its plain caption; how often the tagger's first guess, or one of
-   its first five, is the class asked for, beside the same for real held-out clips of that class.
+   its first five, is the class asked for, beside the same for real held-out clips of that class,
+   and for clips of training recordings, which the tagger has learned from.
 3. PAIRS. Prompts with two sounds: does the tagger hear both, each more than in nine of ten clips
    whose prompts don't name it? Beside the same for scenes of held-out recordings of the two, and
-   of training recordings, which the tagger has learned from: what it can hear at best.
+   of training recordings: what it can hear at best.
 4. NEAREST. For each clip of 2 the nearest training recording, by the cosine of the tagger's
-   embeddings, beside the same for real held-out clips: memorising is seen for what it is.
+   embeddings. Clips of held-out recordings can't hold one, those of training recordings do: between
+   them memorising is seen for what it is.
 
 All of it is in OUT/judge.json; OUT/sets holds evaluate.py's metrics.json. Sounds that are there
 already are not made again, so a command that was stopped goes on.
 """
 
 import argparse
+import copy
 import csv
 import json
 import sys
@@ -39,13 +43,31 @@ from tiny.compose import HERE, Recordings, compose_scene, draw_layers, draw_scen
 from train import must_agree
 
 SEED = 1  # of the scenes; those of tiny/data/test are seed 0's
+KINDS = ("generated", "real", "training")  # of clips; real ones are of held-out recordings
+
+
+def recordings_of(scene: dict) -> set[str]:
+    return {event["file"] for layer in scene["layers"] for event in layer["events"]}
+
+
+def without(recordings: Recordings, files: set[str]) -> Recordings:
+    """These recordings less the files and what shares a source with them; less the files alone
+    where a class has no other source; a class that has nothing but them stays as it is."""
+    rest = copy.copy(recordings)
+    rest.classes = {}
+    for label, sources in recordings.classes.items():
+        left = {s: [x for x in takes if x["file"] not in files] for s, takes in sources.items()}
+        others = {s: takes for s, takes in sources.items() if len(left[s]) == len(takes)}
+        rest.classes[label] = others or {s: x for s, x in left.items() if x} or sources
+    return rest
 
 
 def other_scene(scene: dict, recordings: Recordings, number: int) -> dict:
-    """A scene of the same labels in the same order, from another draw."""
+    """A scene of the same labels in the same order, from other recordings where there are any."""
     rng = np.random.default_rng([SEED, 1000, number])
     labels = [layer["label"] for layer in scene["layers"]]
-    layers = draw_layers(rng, recordings, labels, scene["order"])
+    others = without(recordings, recordings_of(scene))
+    layers = draw_layers(rng, others, labels, scene["order"])
     for layer, old in zip(layers, scene["layers"], strict=True):
         layer["cutoff"] = old["cutoff"]
     return scene | {"layers": layers, "seed": int(rng.integers(2**31))}
@@ -96,21 +118,23 @@ def hear(sounds: dict[str, Path], tagger: evaluate.Cnn14) -> tuple[list[str], Te
     return found.names, found.values[:, :width], found.values[:, width:]
 
 
-def judge_sets(recordings: Recordings, model, args: argparse.Namespace) -> dict:
-    """1. evaluate.py's metrics.json."""
+def judge_sets(recordings: Recordings, model, args: argparse.Namespace) -> tuple[dict, float]:
+    """1. evaluate.py's metrics, and the share of the floor's scenes that have a recording of the
+    reference's."""
     folder = args.out / "sets"
     scenes = {s["id"]: s for s in draw_scenes(recordings, "test", args.scenes, SEED)}
     captions = {name: scene["captions"][0] for name, scene in scenes.items()}
     others = {n: other_scene(s, recordings, i) for i, (n, s) in enumerate(scenes.items())}
     write_scenes(folder / "reference", scenes, recordings)
-    write_scenes(folder / "other", others, recordings)
+    write_scenes(folder / "floor", others, recordings)
     write_generated(folder / "generated", captions, model, args)
     with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("name", "caption"), *captions.items()])
-    arguments = [folder / "generated", folder / "reference", "--controls", folder / "other"]
+    arguments = [folder / "generated", folder / "reference", "--controls", folder / "floor"]
     arguments += ["--codec", "mel", "--variants", "--classifier", args.classifier, "--out", folder]
     evaluate.main([*map(str, arguments)])
-    return json.loads((folder / "metrics.json").read_text())["sets"]
+    shared = [bool(recordings_of(s) & recordings_of(others[n])) for n, s in scenes.items()]
+    return json.loads((folder / "metrics.json").read_text())["sets"], float(np.mean(shared))
 
 
 def judge_classes(heard: dict, asked: dict[str, str], tagger: evaluate.Cnn14) -> dict[str, dict]:
@@ -165,16 +189,17 @@ def judge(args: argparse.Namespace) -> dict:
         raise ValueError(f"{args.classifier}: doesn't know the tiny world's classes")
     model = load_model(args.model, args.device)
     agree(args, ("seed", "steps", "guidance", "sampler", "scenes", "clips"))
-    sets = judge_sets(recordings, model, args)
+    sets, shared = judge_sets(recordings, model, args)
 
-    asked, real = {}, {}
-    for k, label in enumerate(classes):
-        for i in range(args.clips):
-            asked[f"{k:02d}-{i}"], real[f"{k:02d}-{i}"] = label, real_scene([label], recordings, i)
+    known = Recordings(HERE / "recordings.csv", "train")
+    splits = {"real": recordings, "training": known}
+    asked = {f"{k:02d}-{i}": x for k, x in enumerate(classes) for i in range(args.clips)}
     prompts = {name: wording[label]["plain"] for name, label in asked.items()}
-    write_scenes(out / "classes" / "real", real, recordings)
+    for kind in splits:
+        scenes = {n: real_scene([x], splits[kind], int(n.split("-")[1])) for n, x in asked.items()}
+        write_scenes(out / "classes" / kind, scenes, splits[kind])
     write_generated(out / "classes" / "generated", prompts, model, args)
-    folders = {kind: out / "classes" / kind for kind in ("generated", "real")}
+    folders = {kind: out / "classes" / kind for kind in KINDS}
     heard = {kind: hear(evaluate.sounds_of(path), tagger) for kind, path in folders.items()}
     rows = judge_classes(heard, asked, tagger)
     totals = {key: float(np.mean([row[key] for row in rows.values()])) for key in rows[classes[0]]}
@@ -184,14 +209,12 @@ def judge(args: argparse.Namespace) -> dict:
         f"pair-{k:02d}": (classes[k], classes[k - len(classes) + 7]) for k in range(len(classes))
     }
     texts = {n: " and ".join(wording[label]["full"] for label in pair) for n, pair in pairs.items()}
-    known = Recordings(HERE / "recordings.csv", "train")
-    for kind, takes in (("real", recordings), ("training", known)):
-        scenes = {name: real_scene([*pair], takes, 0) for name, pair in pairs.items()}
-        write_scenes(out / "pairs" / kind, scenes, takes)
+    for kind in splits:
+        scenes = {name: real_scene([*pair], splits[kind], 0) for name, pair in pairs.items()}
+        write_scenes(out / "pairs" / kind, scenes, splits[kind])
     write_generated(out / "pairs" / "generated", texts, model, args)
     both = {}
-    for kind in ("generated", "real", "training"):
-        others, _, other_logits = heard["generated" if kind == "generated" else "real"]
+    for kind, (others, _, other_logits) in heard.items():
         names, _, logits = hear(evaluate.sounds_of(out / "pairs" / kind), tagger)
         named = [set(pairs[n]) for n in names] + [{asked[n]} for n in others]
         logits = torch.cat([logits, other_logits])
@@ -213,7 +236,7 @@ def judge(args: argparse.Namespace) -> dict:
     }
     return {
         "model": str(args.model), "classifier": str(args.classifier), "seed": args.seed,
-        "sets": sets, "totals": totals, "classes": rows,
+        "sets": sets, "floor shares a recording": shared, "totals": totals, "classes": rows,
         "pairs heard": {kind: float(np.mean(found)) for kind, found in both.items()},
         "pairs": dict(zip(texts.values(), both["generated"], strict=True)),
         "median cosine to the nearest training recording":
@@ -223,17 +246,19 @@ def judge(args: argparse.Namespace) -> dict:
 
 
 def show(result: dict) -> None:
-    print(f"{'class':34}{'generated':>16}{'held-out real':>18}   (top-1, top-5)")
+    print(f"{'class':34}{'generated':>16}{'held-out real':>18}{'training':>18}   (top-1, top-5)")
     rows = sorted(result["classes"].items(), key=lambda item: -item[1]["generated top-1"])
     for label, row in [*rows, ("all", result["totals"])]:
-        cells = [f"{row[f'{kind} top-{k}']:8.2f}" for kind in ("generated", "real") for k in (1, 5)]
-        print(f"{label:34}{''.join(cells[:2]):>16}{''.join(cells[2:]):>18}")
+        cells = [f"{row[f'{kind} top-1']:10.2f}{row[f'{kind} top-5']:8.2f}" for kind in KINDS]
+        print(f"{label:32}{''.join(cells)}")
     pairs = result["pairs heard"]
     print(f"two sounds asked for, both heard: generated {pairs['generated']:.0%}, held-out real "
           f"{pairs['real']:.0%}, training recordings {pairs['training']:.0%}")  # fmt: skip
     similarity = result["median cosine to the nearest training recording"]
-    print(f"nearest training recording, median cosine: generated {similarity['generated']:.3f}, "
-          f"held-out real {similarity['real']:.3f}")  # fmt: skip
+    print("nearest training recording, median cosine: generated {generated:.3f}, held-out real "
+          "{real:.3f}, training {training:.3f}".format(**similarity))  # fmt: skip
+    print(f"scenes of the floor that share a recording with the reference: "
+          f"{result['floor shares a recording']:.0%}")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
