@@ -66,6 +66,8 @@ from latents import (
 CLASSIFIER = Path(__file__).resolve().parent / "tiny" / "classifier.safetensors"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "audio-journey"
 SHORTEST = 32_000  # samples; shorter sounds are zero-padded
+UNREADABLE = {".aac", ".amr", ".m4a", ".mka", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
+COMPUTED = ("ceiling", "silence", "noise", "shuffled")  # sets that are no folder's
 SILENT = 1e-4  # a sound that never leaves ±0.0001 around its mean
 
 # ---- distances: tensors in, floats out, computed in float64 --------------------------------------
@@ -308,9 +310,11 @@ def sounds_of(folder: str | Path) -> dict[str, Path]:
     one name."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    suffixes = {f".{name.lower()}" for name in (*soundfile.available_formats(), "opus", "oga")}
-    paths = {}
+    formats = (*soundfile.available_formats(), "opus", "oga", "aif")
+    suffixes, paths = {f".{name.lower()}" for name in formats}, {}
     for path in sorted(Path(folder).iterdir()):
+        if path.suffix.lower() in UNREADABLE:
+            raise ValueError(f"{path}: convert it to FLAC or WAV: {path.suffix} can't be read")
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
             if path.stem in paths:
                 raise ValueError(f"{folder}: {paths[path.stem].name} and {path.name}: which one?")
@@ -368,6 +372,10 @@ def embed(
             batch.append((name, path, silent, rate, wave))
             if len(batch) == batch_size:
                 compute(waiting.pop(len(wave)))
+            elif sum(map(len, waiting.values())) == 8 * batch_size:  # of many lengths
+                for batch in waiting.values():
+                    compute(batch)
+                waiting.clear()
     for batch in waiting.values():
         compute(batch)
 
@@ -416,12 +424,15 @@ def clap_score(name: str, group: Sounds, captions: dict[str, str], device, **opt
         rate = extractor.sampling_rate
         waves = resample(waves, SAMPLE_RATE, rate)[:, : extractor.nb_max_samples].numpy()
         inputs = extractor(list(waves), sampling_rate=rate, return_tensors="pt").to(device)
+        if "is_longer" in inputs:  # of a fused CLAP; the extractor says so of one clip, at random
+            inputs["is_longer"] = torch.zeros_like(inputs["is_longer"])
         return F.normalize(model.get_audio_features(**inputs).pooler_output, dim=1)
 
-    digest = hashlib.sha256()
+    digest, how = hashlib.sha256(), extractor.to_json_string()
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    heard = embed(group, listen, f"clap {digest.hexdigest()}", title="CLAP", **options)
+    tag = f"clap {digest.hexdigest()} {how} {file_sha256(Path(__file__))}"
+    heard = embed(group, listen, tag, title="CLAP", **options)
     cosines = []
     for n, audio in zip(heard.names, heard.values, strict=True):
         text = tokenizer(captions[n], truncation=True, return_tensors="pt").to(device)
@@ -442,12 +453,16 @@ def read_table(path: Path) -> dict[str, str]:
             for row in csv.DictReader(file):
                 rows += 1
                 name = row["name"] if "name" in row else row["youtube_id"]
-                captions.setdefault(name, row["prompt"] if "prompt" in row else row["caption"])
+                caption = row["prompt"] if "prompt" in row else row["caption"]
+                if not name or not caption or None in row:
+                    raise ValueError(f"{path}, row {rows}: a name and a caption are expected, in "
+                                     "quotation marks if there are commas in it")  # fmt: skip
+                captions.setdefault(name, caption)
     except (UnicodeDecodeError, csv.Error, KeyError) as e:
         raise ValueError(f"{path}, row {rows}: expected the columns name (or youtube_id) and "
                          f"prompt (or caption) ({e!r})") from e  # fmt: skip
-    if not captions or None in captions.values():
-        raise ValueError(f"{path}: no rows, or rows without a caption")
+    if not captions:
+        raise ValueError(f"{path}: no rows")
     return captions
 
 
@@ -512,33 +527,50 @@ def variants(generated: Tensor, reference: Tensor) -> dict[str, float]:
     }
 
 
+def notes(metrics: dict) -> list[str]:
+    """What has to stand beside the table: uncertainties, and what is odd about the sets."""
+    sets, made, lines = metrics["sets"], metrics["sets"]["generated"], []
+    if "IS" in made:
+        lines.append(f"generated: IS ± {made['IS_std']:.2g} (std of ten parts)")
+    for kind in ("softmax", "sigmoid"):
+        if f"KL_{kind}_95" in made:
+            low, high = made[f"KL_{kind}_95"]
+            lines.append(f"generated: KL {kind} {low:.4g} to {high:.4g} (95 %, bootstrap)")
+    if not metrics["paired"]:
+        lines.append("no names in common with the reference: no pairs, so no KL")
+    if fds := metrics.get("FD_seeds"):
+        lines.append(f"FD of {len(fds)} seeds: {np.mean(fds):.4g} ± {np.std(fds, ddof=1):.2g}")
+    width = metrics["classifier"]["embedding"]
+    if "FD_extrapolated" in made and made["N"] < 2 * width:
+        lines.append(f"N → ∞ is rough: {made['N']} clips for {width} dimensions")
+    if clap := metrics.get("clap"):
+        lines.append(f"CLAP score of the generated: {clap['score']:.4f} ({clap['model']})")
+    rates = {k: row["sample_rates"] for k, row in sets.items() if k not in COMPUTED}
+    if len(set().union(*rates.values())) > 1:
+        lines.append(f"files of several sample rates were resampled (rate: how many): {rates}")
+    for k, row in sets.items():
+        for what in ("silent", "missing"):
+            if names := row.get(what):
+                more = ", …" if len(names) > 20 else ""
+                lines.append(f"{k}: {len(names)} {what}: {', '.join(names[:20])}{more}")
+    return lines + ([metrics["captions"]] if "captions" in metrics else [])
+
+
 def show(metrics: dict) -> None:
     """The table of `metrics`, for the terminal."""
     sets = metrics["sets"]
-    print(f"{metrics['classifier']['file']} at 16 kHz; FD, KL: lower is better; IS: higher")
+    classifier, folders = metrics["classifier"], metrics["folders"]
+    print(
+        f"{folders['generated']} against {folders['reference']}, by {classifier['file']} "
+        f"({classifier['sha256'][:12]}) at 16 kHz; FD, KL: lower is better; IS: higher"
+    )
     columns = ("N", "FD", "FD_extrapolated", "IS", "KL_softmax", "KL_sigmoid")
     heads = ("N", "FD", "FD, N → ∞", "IS", "KL", "KL sigmoid")
     print(f"{'':12}" + "".join(f"{head:>12}" for head in heads))
     for k, row in sets.items():
         cells = [f"{row[c]:.4g}" if c in row else "" for c in columns]
         print(f"{k:12}" + "".join(f"{cell:>12}" for cell in cells))
-    for k, row in sets.items():
-        if len(row.get("sample_rates", "1")) > 1:
-            print(f"{k}: files of several sample rates: {row['sample_rates']}")
-        for what in ("silent", "missing"):
-            if row.get(what):
-                print(f"{k}: {len(row[what])} {what}: {', '.join(row[what][:20])}")
-    if "captions" in metrics:
-        print(metrics["captions"])
-    if "KL_softmax_95" in sets["generated"]:
-        low, high = sets["generated"]["KL_softmax_95"]
-        print(f"KL of the generated: {low:.4g} to {high:.4g} (95 %, bootstrap over pairs)")
-    if not metrics["paired"]:
-        print("no names in common with the reference: no pairs, so no KL")
-    if fds := metrics.get("FD_seeds"):
-        print(f"FD of {len(fds)} seeds: {np.mean(fds):.4g} ± {np.std(fds, ddof=1):.2g}")
-    if clap := metrics.get("clap"):
-        print(f"CLAP score of the generated: {clap['score']:.4f} ({clap['model']})")
+    print("\n".join(notes(metrics)))
     for name, value in metrics.get("variants", {}).items():
         print(f"  {name:46}{value:10.4f}")
 
@@ -579,7 +611,8 @@ def run(args: argparse.Namespace) -> None:
         dist.init_process_group("gloo")
     classifier = Cnn14.load(args.classifier).to(device)
     paths, captions, missing, paired = choose(args)
-    names = sorted(paths["generated"])
+    names, out = sorted(paths["generated"]), args.out or args.generated
+    out.mkdir(parents=True, exist_ok=True)
     if args.variants and (not paired or len(names) < 10):
         raise ValueError("--variants needs 10 or more pairs")
     sounds = {
@@ -630,8 +663,6 @@ def run(args: argparse.Namespace) -> None:
         "command": shlex.join(["python", "evaluate.py", *map(str, args.arguments)]),
     }  # fmt: skip
     show(metrics)
-    out = args.out or args.generated
-    out.mkdir(parents=True, exist_ok=True)
     write_aside(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     print(out / "metrics.json")
 

@@ -406,6 +406,16 @@ def main(arguments: list[str] | None = None) -> None:
     for command in (fit, score):
         command.add_argument("--device", help="cpu or cuda [cuda where there is one]")
     args = parser.parse_args(arguments)
+    if args.command == "train":
+        args.width = WIDTHS[args.model] if args.width is None else args.width
+        if min(args.width, args.batch_size, args.steps) < 1 or args.seed < 0:
+            parser.error("--width, --batch-size and --steps are 1 or more, --seed 0 or more")
+        if args.model == "taltrans" and args.width % 16:
+            parser.error("--width of taltrans is a multiple of 16")
+        if not 0 <= args.mixup <= 1 or not 0 <= args.time_mask <= FRAMES:
+            parser.error(f"--mixup is 0 to 1, --time-mask 0 to {FRAMES}")
+        if not 0 <= args.mel_mask <= LogMelCodec.channels:
+            parser.error(f"--mel-mask is 0 to {LogMelCodec.channels}")
     try:
         if args.command == "encode":
             rows = latents.read_table(args.table, args.audio_folder, args.class_labels)
@@ -413,9 +423,8 @@ def main(arguments: list[str] | None = None) -> None:
             latents.encode_dataset(args.out, LogMelCodec(), rows, load, workers=args.workers)
             print(f"{args.out}: {len(LatentDataset(args.out))} clips")
         elif args.command == "train":
-            width = args.width or WIDTHS[args.model]
             names = asdict(Config())
-            c = Config(**{k: v for k, v in vars(args).items() if k in names} | {"width": width})
+            c = Config(**{k: v for k, v in vars(args).items() if k in names})
             data = open_features(args.data or tiny_features("train"))
             held_out = open_features(args.test or tiny_features("test"))
             show(train(c, data, held_out, args.out, latents.pick_device(args.device)))

@@ -78,7 +78,8 @@ def player(path: Path, caption: str) -> str:
     return (
         f'<figure><img alt="spectrogram, 0 to 8 kHz, {seconds:.1f} s" '
         f'src="{data_url("image/png", picture.getvalue())}">'
-        f'<audio controls preload="none" src="{data_url("audio/mpeg", buffer.getvalue())}"></audio>'
+        '<audio controls preload="metadata" '
+        f'src="{data_url("audio/mpeg", buffer.getvalue())}"></audio>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
@@ -110,9 +111,20 @@ def bars(sets: dict[str, dict], key: str) -> str:
     return f'<svg {size} role="img" aria-label="{key} by set">{"".join(parts)}</svg>'
 
 
+def prompt_of(path: Path) -> str:
+    """The prompt in a WAV of sample.py's; "" in any other file."""
+    try:
+        return evaluate.caption_of(path)
+    except ValueError:
+        return ""
+
+
 def page(generated: Path, reference: Path, captions: dict, metrics: dict, clips: int) -> str:
-    """The whole page. ValueError if no names are in both folders."""
+    """The whole page. ValueError if no names are in both folders. captions: of evaluate.py's
+    --table, which then says what is a pair; without one, titles are the prompts in the WAVs."""
     ours, real = evaluate.sounds_of(generated), evaluate.sounds_of(reference)
+    if captions:
+        ours, real = (evaluate.select(paths, list(captions)) for paths in (ours, real))
     names = sorted(ours.keys() & real.keys())
     if not names:
         raise ValueError(f"{generated} and {reference}: no names in common")
@@ -126,6 +138,7 @@ def page(generated: Path, reference: Path, captions: dict, metrics: dict, clips:
         f"<p>FD, IS and KL by {html.escape(about['file'])} at {about['sample_rate']} Hz. FD, KL: "
         "lower is better; IS: higher.</p>",
         table(sets),
+        "".join(f"<p class=note>{html.escape(line)}</p>" for line in evaluate.notes(metrics)),
     ]
     for key, title in (("FD", "FD"), ("KL_softmax", "KL")):
         if any(key in row for row in sets.values()):
@@ -134,7 +147,7 @@ def page(generated: Path, reference: Path, captions: dict, metrics: dict, clips:
     shown = f"{len(chosen)} of {len(names)}" if len(chosen) < len(names) else f"All {len(names)}"
     parts.append(f"<h2>Sounds</h2><p class=note>{shown}, evenly spaced by name: not chosen.</p>")
     for name in tqdm(chosen, unit="clip"):
-        title = html.escape(captions.get(name, name))
+        title = html.escape(captions.get(name) or prompt_of(ours[name]) or name)
         pair = player(ours[name], "generated") + player(real[name], "real")
         parts.append(f"<div class=clip><h3>{title}</h3><div class=pair>{pair}</div></div>")
     parts.append(f"<p class=note>{html.escape(metrics['command'])}<br>classifier sha256 "
@@ -203,7 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             metrics = json.loads(path.read_bytes())
             metrics["sets"], metrics["classifier"]["file"], metrics["command"]
-        except (ValueError, KeyError, TypeError) as e:
+            metrics["classifier"]["sha256"], evaluate.notes(metrics)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: not a file of evaluate.py's ({e!r})") from e
         captions = evaluate.read_table(args.table) if args.table else {}
         text = page(args.generated, args.reference, captions, metrics, args.clips)

@@ -210,3 +210,13 @@ def test_help_teaches():
     for arguments in ([], ["train"]):
         done = subprocess.run([*command, *arguments, "--help"], capture_output=True, cwd=ROOT)
         assert done.returncode == 0 and b"log-mel" in done.stdout or b"mixup" in done.stdout
+
+
+def test_odd_settings_get_one_line(capsys):
+    for options in (
+        *(["--batch-size", "0"], ["--width", "-1"], ["--width", "0"], ["--steps", "-1"]),
+        *(["--model", "taltrans", "--width", "100"], ["--mel-mask", "70"], ["--mixup", "2"]),
+    ):
+        with pytest.raises(SystemExit) as e:
+            classify.main(["train", *options])
+        assert e.value.code == 2 and options[-2] in capsys.readouterr().err

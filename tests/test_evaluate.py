@@ -397,6 +397,22 @@ def test_features_are_cached_by_content(small, tmp_path):
     assert sum(calls) == 9
 
 
+def test_sounds_of_many_lengths_do_not_pile_up(tmp_path):
+    """What waits for others of its length is computed before it fills the memory."""
+    done = []
+    sounds = {f"{i:02d}": lambda i=i: (done.append(len(held)) or torch.ones(32_000 + i), 16_000)
+              for i in range(40)}  # fmt: skip
+    held = []
+
+    def network(waves):
+        held.extend(len(wave) for wave in waves)
+        return waves[:, :2] * waves.shape[1]
+
+    found = embed(sounds, network, "x", cache=None, batch_size=2)
+    assert found.values[:, 0].tolist() == [32_000 + i for i in range(40)]
+    assert done == [i // 16 * 16 for i in range(40)]
+
+
 def test_batches_hold_sounds_of_one_length(small, tmp_path):
     sounds = {}
     for i, n in enumerate((32_000, 48_000, 32_000, 40_123, 48_000)):
@@ -558,6 +574,23 @@ def test_clap_score(folders, tmp_path):
     arguments = (str(tmp_path / "clap"), sound, {"a": "x"}, torch.device("cpu"))
     assert len({evaluate.clap_score(*arguments, cache=None)["score"] for _ in range(4)}) == 1
 
+    # A fused CLAP's extractor calls one clip of a batch longer than 10 s at random; none is.
+    audio |= {"enable_fusion": True, "aff_block_r": 1}
+    config = ClapConfig(text_config=text, audio_config=audio, projection_dim=8)
+    ClapModel(config).save_pretrained(tmp_path / "clap")
+    ClapFeatureExtractor(truncation="fusion").save_pretrained(tmp_path / "clap")
+    sounds = {str(i): lambda i=i: (0.1 * rng_normal(32_000, seed=i).float(), 16_000)
+              for i in range(6)}  # fmt: skip
+    arguments = (str(tmp_path / "clap"), sounds, dict.fromkeys(sounds, "x"), torch.device("cpu"))
+    scores = {evaluate.clap_score(*arguments, cache=tmp_path / "c")["score"]}
+    scores |= {evaluate.clap_score(*arguments, cache=None)["score"] for _ in range(4)}
+    assert len(scores) == 1
+    # The cache knows how the sounds were prepared, too.
+    ClapFeatureExtractor(truncation="fusion", padding="pad").save_pretrained(tmp_path / "clap")
+    fresh = evaluate.clap_score(*arguments, cache=None)["score"]
+    assert fresh not in scores
+    assert evaluate.clap_score(*arguments, cache=tmp_path / "c")["score"] == fresh
+
 
 def fails(folders, tmp_path, *arguments):
     """The one line that the command ends with."""
@@ -596,6 +629,13 @@ def test_bad_sets_are_named(folders, tmp_path, monkeypatch):
     assert "t.csv" in fails(folders, tmp_path, reference, reference, *table)
     (tmp_path / "t.csv").write_text("youtube_id,caption\nx,y\n")
     assert "none of its 1 ids" in fails(folders, tmp_path, reference, reference, *table)
+    for row in ("a dog", "00,a dog, a cat", ",a dog"):
+        (tmp_path / "t.csv").write_text(f"name,caption\n01,rain\n{row}\n")
+        assert "t.csv, row 2" in fails(folders, tmp_path, reference, reference, *table)
+    write(some / "05.wav", good)
+    (some / "05.flac").unlink()
+    (some / "06.m4a").write_bytes(b"...")
+    assert "06.m4a: convert it" in fails(folders, tmp_path, some, reference)
     clap = ("--clap", tmp_path / "empty")
     assert "CLAP" in fails(folders, tmp_path, reference, reference, *clap)
 
@@ -610,6 +650,15 @@ def test_unequal_rates_and_silent_files_are_counted(folders, tmp_path, capsys):
     assert metrics["sets"]["generated"]["sample_rates"] == {"16000": 11, "44100": 1}
     printed = capsys.readouterr().out
     assert "1 silent" in printed and "44100" in printed
+    # Sets that agree in themselves, not with each other, are told apart, too.
+    for name in ("a", "b"):
+        for i in range(12):
+            wave = soundfile.read(folders / "generated" / f"{i:02d}.wav")[0]
+            write(tmp_path / name / f"{i:02d}.wav", wave, 16_000 if name == "a" else 22_050)
+    command(folders, tmp_path / "a", tmp_path / "b", out=tmp_path)
+    assert "several sample rates" in capsys.readouterr().out
+    command(folders, tmp_path / "a", tmp_path / "a", out=tmp_path)
+    assert "several sample rates" not in capsys.readouterr().out
 
 
 def test_two_ranks_give_what_one_gives(folders, tmp_path):

@@ -8,14 +8,19 @@ import re
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import Tags
 from matplotlib.image import imread
 
 from appendix import report
+from latents import save_audio
 
+RATES = {"sample_rates": {"16000": 3}}
 SETS = {
-    "reference": {"N": 3, "IS": 2.0},
-    "generated": {"N": 3, "IS": 1.5, "FD": 12.345, "KL_softmax": 0.5, "KL_sigmoid": 0.2},
+    "reference": {"N": 3, "IS": 2.0, "sample_rates": {"16000": 2, "44100": 1}},
+    "generated": {"N": 3, "IS": 1.5, "IS_std": 0.25, "FD": 12.345, "KL_softmax": 0.5}
+    | {"KL_softmax_95": [0.4, 0.75], "KL_sigmoid": 0.2, "silent": ["clip-2"]}
+    | RATES,
     "noise": {"N": 3, "IS": 1.0, "FD": 99.0, "KL_softmax": 3.0, "KL_sigmoid": 2.0},
 }
 
@@ -29,10 +34,13 @@ def folders(tmp_path):
             t = np.arange(32_000) / 16_000
             wave = 0.3 * np.sin(2 * np.pi * hertz * t) + 0.01 * rng.standard_normal(len(t))
             soundfile.write(tmp_path / kind / f"clip-{i}.wav", wave, 16_000)
-    metrics = {"sets": SETS, "command": "python evaluate.py a b"}
+    metrics = {"sets": SETS, "command": "python evaluate.py a b", "paired": True}
     metrics |= {"classifier": {"file": "c.pth", "sha256": "0" * 64, "sample_rate": 16_000}}
+    metrics["classifier"]["embedding"] = 8
     (tmp_path / "generated" / "metrics.json").write_text(json.dumps(metrics))
-    (tmp_path / "captions.csv").write_text('name,caption\nclip-0,"<b>rain</b> & thunder"\n')
+    (tmp_path / "captions.csv").write_text(
+        'name,caption\nclip-0,"<b>rain</b> & thunder"\nclip-1,clip-1\nclip-2,snow\n'
+    )
     return tmp_path
 
 
@@ -54,6 +62,8 @@ def test_page_is_complete_and_needs_no_network(folders):
     assert len(sources) == 3 * 2 * 2 and all(s.startswith("data:") for s in sources)
     assert not re.search(r"(https?:)?//", re.sub(r'src="[^"]*"', "", text))
     assert "&lt;b&gt;rain&lt;/b&gt; &amp; thunder" in text and "<b>" not in text
+    assert "IS ± 0.25" in text and "KL softmax 0.4 to 0.75" in text and "1 silent: clip-2" in text
+    assert "several sample rates" in text and "44100" in text
     assert "12.35" in text and "clip-1" in text and "python evaluate.py" in text
 
     sounds = [base64.b64decode(s.split(",")[1]) for s in sources if "audio" in s]
@@ -75,6 +85,19 @@ def test_bars_are_in_proportion(folders):
 
 def test_some_clips(folders):
     assert "2 of 3, evenly" in make(folders, "--clips", 2)
+
+
+def test_pairs_are_those_of_evaluate(folders):
+    """AudioCaps' ids with files called YID_START; and without a table the prompts in the WAVs."""
+    for i in range(3):
+        (folders / "reference" / f"clip-{i}.wav").rename(folders / "reference" / f"Yk{i}_30.wav")
+        (folders / "generated" / f"clip-{i}.wav").rename(folders / "generated" / f"k{i}.wav")
+    (folders / "captions.csv").write_text("youtube_id,caption\nk0,rain\nk2,snow\nk9,hail\n")
+    text = make(folders, "--table", folders / "captions.csv")
+    assert "All 2" in text and "rain" in text and "snow" in text
+    for kind in ("generated", "reference"):
+        save_audio(folders / kind / "x.wav", torch.randn(32_000) / 9, '{"prompt": "a gong"}')
+    assert "a gong" in make(folders)
 
 
 def test_bad_input_is_one_line(folders):
