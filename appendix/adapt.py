@@ -37,6 +37,7 @@ these.
 
 import argparse
 import functools
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ import train
 from captions import TextEncoder
 from evaluate import sounds_of
 from train import Run, layout
-from unet import ControlNet, UNet
+from unet import WEIGHTS, ControlNet, UNet
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "model"
 # P2's prompt for a class, and others, so that the word isn't bound to one sentence.
@@ -225,6 +226,13 @@ def make_own_clips(args: argparse.Namespace, caption: str) -> list[dict]:
     """The model's own clips of the class, in RUN/prior, as rows; made where they are missing."""
     folder = args.out / "prior"
     folder.mkdir(parents=True, exist_ok=True)
+    files = [args.model / name for name in ("model.json", f"unet/{WEIGHTS}.safetensors")]
+    about = {"caption": caption, "seed": args.seed, "steps": args.prior_steps}
+    about |= {"model (its hash)": train.sha256(files)}
+    if (folder / "made.json").is_file():
+        old = latents.read_json(folder / "made.json")
+        train.must_agree(f"{folder} was begun with", old, about, "give the same, or another --out")
+    latents.write_aside(folder / "made.json", (json.dumps(about) + "\n").encode())
     paths = [folder / f"{i:04d}.wav" for i in range(args.prior_clips)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     if missing:

@@ -29,6 +29,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 from torch import Tensor
 
 import latents
@@ -136,6 +137,9 @@ def make(kind: str, real: LatentDataset, audio: Path, args: argparse.Namespace) 
         model = sample.load_model(args.model, args.device, args.encodec_weights)
         if kind == "inversion":
             sample.add_embedding(model, words)
+            wanted = {adapt.word_of(label) for label in real.labels}
+            if missing := sorted(wanted - set(safetensors.torch.load_file(words))):
+                raise ValueError(f"{words}: has no word for {', '.join(missing)}")
         print(f"{folder}: {len(rows)} clips to generate")
     size = args.times if kind == "inversion" else GROUP  # image-to-image: versions of one clip
 
@@ -192,6 +196,8 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--times, --inversion-steps and --denoising-steps are 1 or more")
     if min(args.per_class, args.workers, args.seed) < 0:
         parser.error("--per-class, --workers and --seed are 0 or more")
+    if not 0 < args.strength <= 1 or (args.guidance or 1) <= 0:
+        parser.error("--strength is above 0 and at most 1, --guidance above 0")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -320,6 +320,15 @@ def test_diffusers_and_peft_read_and_write_what_we_do(prepare, root, tmp_path):
 # ---- DreamBooth ----------------------------------------------------------------------------------
 
 
+def test_own_clips_are_of_one_command(prepare):
+    """Clips that an interrupted run left aren't taken for those of another class."""
+    options = OPTIONS["dreambooth"]
+    prepare("dreambooth", *options)
+    other = [*options[:3], "drum", *options[4:]]
+    with pytest.raises(ValueError, match="begun with caption = .*horn.*, this command .*drum"):
+        prepare("dreambooth", *other)
+
+
 def test_own_clips_and_their_weight(root, prepare):
     run = begin(prepare, "dreambooth", *OPTIONS["dreambooth"], "--prior-weight", "0.25")
     assert (

@@ -56,6 +56,9 @@ def test_end_to_end(small, tmp_path, monkeypatch, capsys):
     assert len({row["FD"] for row in result["sound"].values()}) == 7
     sounds = {name: (out / name / "sounds" / "00.wav").read_bytes() for name in sets}
     assert len(set(sounds.values())) == 5  # each comes of another prompt, or another model
+    made = [[x.read_bytes() for x in sorted((out / "controlnet" / name).glob("*.wav"))]
+            for name in ("before", "after")]  # fmt: skip
+    assert len(made[0]) == 3 and all(a != b for a, b in zip(*made, strict=True))
     for row in result["control"].values():
         assert -1 <= row["correlation"] <= 1 and row["off by, dB"] > 0
     assert (out / "adapted.png").is_file() and (out / "control.png").is_file()

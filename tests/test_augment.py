@@ -252,14 +252,14 @@ def test_the_table_end_to_end(root, tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "table.json").read_text())
     assert saved["real clips"] == 3 and len(saved["rows"]) == 1 + 2 * (2 + 2 * 4)
     reals = [*tmp_path.glob("taggers/cnn14-2_mx+sp_real/seed-?/scores.json")]
-    assert len(reals) == 2 and saved["worst"] == worst(
-        [json.loads(x.read_text()) for x in reals], 1
-    )
+    assert len(reals) == 2 and saved["worst"] == {
+        "cnn14-2": worst([json.loads(x.read_text()) for x in reals], 1)
+    }
     config = json.loads(
         (tmp_path / "taggers/cnn14-2_mx+sp_inversion_+1-worst/seed-1/scores.json").read_text()
     )["config"]
     assert config["alpha"] == 0.5 and config["times"] == 1 and config["factor"] == 2
-    assert config["amplified"] == saved["worst"]
+    assert config["amplified"] == saved["worst"]["cnn14-2"]
 
     monkeypatch.setattr(classify, "train", lambda *_: pytest.fail("trained again"))
     augment.main(arguments(root, tmp_path, *options))
@@ -278,6 +278,9 @@ def test_the_table_end_to_end(root, tmp_path, monkeypatch, capsys):
 def test_bad_command_lines(root, tmp_path, capsys):
     for options, word in (
         (["--taggers", "cnn14"], "WIDTH"),
+        (["--taggers", "taltrans:100"], "multiple of 16"),
+        (["--strength", 0], "--strength is above 0"),
+        (["--guidance", -1], "--guidance above 0"),
         (["--times", 1], "need 2"),
         (["--alpha", 2], "0 to 1"),
         (["--sets", "+3"], "invalid choice"),

@@ -550,8 +550,13 @@ def test_seconds(main, here):
     assert np.array_equal(long[:24_000], short)
 
 
-def test_more_than_one_window(main, here):
-    main("dog", "--seconds", 12.5, "--steps-image", "1,3")
+def test_more_than_one_window(main, here, monkeypatch):
+    shown, save_steps = [], sample.save_steps
+    monkeypatch.setattr(sample, "save_steps", lambda path, seen, title: (
+        shown.append(seen), save_steps(path, seen, title)))  # fmt: skip
+    main("dog", "--seconds", 12.5, "--steps-image", "1,2")
+    assert [len(seen) for seen in shown] == [2]
+    assert min(shown[0]) > 200  # of three steps the first two: where there is much noise
     assert soundfile.info(here / "dog.wav").frames == 200_000
     assert names(here) == ["dog-steps.png", "dog.wav"]
     main("dog", "--steps-image", "2")
