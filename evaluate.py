@@ -548,9 +548,9 @@ def notes(metrics: dict) -> list[str]:
     rates = {k: row["sample_rates"] for k, row in sets.items() if k not in COMPUTED}
     if len(set().union(*rates.values())) > 1:
         lines.append(f"files of several sample rates were resampled (rate: how many): {rates}")
-    for k, row in sets.items():
+    for k in rates:
         for what in ("silent", "missing"):
-            if names := row.get(what):
+            if names := sets[k].get(what):
                 more = ", …" if len(names) > 20 else ""
                 lines.append(f"{k}: {len(names)} {what}: {', '.join(names[:20])}{more}")
     return lines + ([metrics["captions"]] if "captions" in metrics else [])

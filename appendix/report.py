@@ -101,13 +101,13 @@ def bars(sets: dict[str, dict], key: str) -> str:
     most = max(max(rows.values(), default=0), 1e-9) ** 0.5
     parts = []
     for i, (name, value) in enumerate(rows.items()):
-        width = 330 * max(value, 0) ** 0.5 / most
+        width = 210 * max(value, 0) ** 0.5 / most
         parts.append(
             f'<text x="0" y="{24 * i + 16}">{html.escape(name)}</text>'
             f'<rect x="110" y="{24 * i + 4}" width="{width:.1f}" height="16" rx="2"/>'
             f'<text x="{116 + width:.1f}" y="{24 * i + 16}">{value:.4g}</text>'
         )
-    size = f'viewBox="0 0 520 {24 * len(rows) + 4}"'
+    size = f'viewBox="0 0 400 {24 * len(rows) + 4}"'
     return f'<svg {size} role="img" aria-label="{key} by set">{"".join(parts)}</svg>'
 
 
@@ -138,7 +138,7 @@ def page(generated: Path, reference: Path, captions: dict, metrics: dict, clips:
         f"<p>FD, IS and KL by {html.escape(about['file'])} at {about['sample_rate']} Hz. FD, KL: "
         "lower is better; IS: higher.</p>",
         table(sets),
-        "".join(f"<p class=note>{html.escape(line)}</p>" for line in evaluate.notes(metrics)),
+        f"<p class=note>{'<br>'.join(map(html.escape, evaluate.notes(metrics)))}</p>",
     ]
     for key, title in (("FD", "FD"), ("KL_softmax", "KL")):
         if any(key in row for row in sets.values()):
