@@ -24,6 +24,7 @@ shows whether the formula does what it should, and nothing about real videos.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -133,6 +134,11 @@ def measure(net: Fusion, score: str, clips: Clips, labels: list[str], device) ->
 def table(clips: Clips, held_out: Clips, labels: list[str], about: dict, c: Config, args) -> None:
     """Train and measure all that aren't in OUT/table.json yet; print it."""
     path, device = args.out / "table.json", latents.pick_device(args.device)
+    digest = hashlib.sha256()  # files of the same name may have changed
+    for part in (clips, held_out):
+        for x in (part.audio, part.video, part.there, part.targets, *part.scores.values()):
+            digest.update(x.contiguous().numpy().tobytes())
+    about |= {"features (their hash)": digest.hexdigest()}
     about = json.loads(json.dumps(about | asdict(c)))
     saved = {"about": about, "rows": {}}
     if path.is_file():
@@ -199,6 +205,8 @@ def run(args: argparse.Namespace) -> None:
         compose_tiny()
     data = LatentDataset(args.data or TINY / "data" / "train")
     test = LatentDataset(args.test or TINY / "data" / "test")
+    if test.codec != data.codec:
+        raise ValueError(f"{test.folder}: made with another codec than {data.folder}")
     tagger = load_tagger(args.tagger)[0] if args.tagger else None
     if tagger and not isinstance(tagger, TALTrans):
         raise ValueError(f"{args.tagger}: expected a taltrans, which has states over time")

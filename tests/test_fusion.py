@@ -13,7 +13,7 @@ from appendix import fusion
 from appendix.audio_visual import Clips, read_audio, read_scores, read_video, simulated
 from appendix.classify import LogMelCodec, make_tagger, save_tagger
 from appendix.fusion import Config, Fusion, fit, measure
-from latents import LatentDataset, encode_dataset
+from latents import LatentDataset, MelCodec, encode_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -263,6 +263,11 @@ def test_train_prints_the_table_and_runs_nothing_twice(root, tmp_path, monkeypat
     assert [line for line in printed if line.startswith("| ")] == table
     with pytest.raises(SystemExit, match="width"):
         command(root, "train", *options, "--width", 32)
+    features, video = np.load(root / "video" / "train3.npy"), root / "video" / "train3.npy"
+    np.save(video, features + 1)  # the same name, other features
+    with pytest.raises(SystemExit, match="features"):
+        command(root, "train", *options)
+    np.save(video, features)
 
 
 def test_simulate_says_that_it_is_one(root, tmp_path, capsys):
@@ -285,7 +290,10 @@ def test_states_of_audio(root):
 
 
 def test_bad_input_is_one_line(root, tmp_path):
+    mel = [{"id": "a", "file": "x", "captions": ["x"], "labels": ["class 0"]}]
+    encode_dataset(tmp_path / "mel", MelCodec(), mel, lambda row: torch.randn(1, 161_280) / 9)
     for options, word in (
+        (["--test", tmp_path / "mel"], "another codec"),
         (["--tagger", root / "c.safetensors"], "taltrans"),
         (["--video", tmp_path / "nowhere"], "nowhere"),
         (["--scores", tmp_path / "nowhere"], "nowhere"),
