@@ -22,8 +22,9 @@ to 0.26) match no standard definition; `--variants` shows what they could have b
 
 A number means little without its controls. OTHER holds other real sounds for the same names: the
 best that can be hoped for (floor). The same through a codec is the best for a generator in that
-codec's latents (ceiling). Silence and white noise are the worst; and the generated sounds paired
-with the wrong references (shuffled) are what KL becomes when prompts are ignored.
+codec's latents (ceiling). Silence and white noise are the worst by FD; and the generated sounds
+paired with the wrong references (shuffled) are what KL becomes when prompts are ignored: with a
+classifier that is sure of itself, more than noise has, of which it is less sure.
 """
 
 import argparse
