@@ -4,8 +4,8 @@
     python -m tiny.judge --model runs/tiny/model --out runs/judge-mine
 
 1. SETS. Scenes of held-out recordings are composed (reference), and for each another one with the
-   same labels from other held-out recordings (floor; some classes have only one: how many scenes
-   share one with theirs is said); the model is asked for the reference's captions (generated).
+   same labels from other held-out recordings (floor; where a scene uses all that its class has, it
+   shares some: how many do is said); the model is asked for the reference's captions (generated).
    evaluate.py compares the three, with all its controls.
 2. CLASSES. Clips of each class by its plain caption; how often the tagger's first guess, or one of
    its first five, is the class asked for, beside the same for real held-out clips of that class,
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--steps", type=int, default=45, help="[45]")
     add("--guidance", type=float, help="[the model's own]")
     add("--sampler", choices=("pndm", "ddim", "ddpm"), default="pndm", help="[pndm]")
-    add("--batch-size", type=int, default=16, help="sounds at a time [16]")
+    add("--batch-size", type=int, default=32, help="sounds at a time [32]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     args = parser.parse_args(arguments)
     if args.scenes < 20 or args.clips < 1:
