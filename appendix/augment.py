@@ -232,10 +232,10 @@ def table(args: argparse.Namespace) -> None:
 def tagger_and_width(text: str) -> tuple[str, int]:
     """ "cnn14:8" -> ("cnn14", 8)."""
     model, _, width = text.partition(":")
-    if model not in WIDTHS or not width.isdecimal() or int(width) < 1:
+    if model not in WIDTHS or not width.isdecimal():
         raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(WIDTHS)}, and :WIDTH")
-    if model == "taltrans" and int(width) % 16:
-        raise argparse.ArgumentTypeError(f"{text}: a multiple of 16, please")
+    if amiss := classify.width_amiss(model, int(width)):
+        raise argparse.ArgumentTypeError(f"{text}: {amiss}")
     return model, int(width)
 
 

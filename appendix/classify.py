@@ -175,6 +175,15 @@ def positions(steps: int, width: int, like: Tensor) -> Tensor:
 WIDTHS = {"cnn14": 16, "taltrans": 512, "ast": 768}  # unless told otherwise
 
 
+def width_amiss(model: str, width: int) -> str:
+    """What is wrong with a tagger's width, if anything is."""
+    if width < 1:
+        return f"width {width}: 1 or more is expected"
+    if model == "taltrans" and width % 16:  # of its first block; and it has 8 heads
+        return f"width {width}: a multiple of 16 is expected of taltrans"
+    return ""
+
+
 def make_tagger(model: str, labels: list[str], width: int) -> nn.Module:
     if model == "cnn14":
         return Cnn14(len(labels), [width << i for i in range(6)], labels)
@@ -308,7 +317,8 @@ def train(c: Config, data: LatentDataset, held_out: LatentDataset, out: Path, de
     keep_freed_memory()
     torch.manual_seed(c.seed)
     labels = data.labels
-    tagger = make_tagger(c.model, labels, c.width).to(device, memory_format=torch.channels_last)
+    tagger = make_tagger(c.model, labels, c.width).to(device)
+    tagger = tagger.to(memory_format=torch.channels_last)  # its convolutions' own, on a CPU, too
     decay = [p for p in tagger.parameters() if p.dim() > 1]
     rest = [p for p in tagger.parameters() if p.dim() <= 1]
     groups = [
@@ -408,10 +418,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.command == "train":
         args.width = WIDTHS[args.model] if args.width is None else args.width
-        if min(args.width, args.batch_size, args.steps) < 1 or args.seed < 0:
-            parser.error("--width, --batch-size and --steps are 1 or more, --seed 0 or more")
-        if args.model == "taltrans" and args.width % 16:
-            parser.error("--width of taltrans is a multiple of 16")
+        if amiss := width_amiss(args.model, args.width):
+            parser.error(f"--{amiss}")
+        if min(args.batch_size, args.steps) < 1 or args.seed < 0:
+            parser.error("--batch-size and --steps are 1 or more, --seed 0 or more")
         if not 0 <= args.mixup <= 1 or not 0 <= args.time_mask <= FRAMES:
             parser.error(f"--mixup is 0 to 1, --time-mask 0 to {FRAMES}")
         if not 0 <= args.mel_mask <= LogMelCodec.channels:

@@ -29,7 +29,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 from torch import Tensor
 
 import latents
@@ -138,7 +137,7 @@ def make(kind: str, real: LatentDataset, audio: Path, args: argparse.Namespace) 
         if kind == "inversion":
             sample.add_embedding(model, words)
             wanted = {adapt.word_of(label) for label in real.labels}
-            if missing := sorted(wanted - set(safetensors.torch.load_file(words))):
+            if missing := sorted(wanted - model.encoder.words.keys()):
                 raise ValueError(f"{words}: has no word for {', '.join(missing)}")
         print(f"{folder}: {len(rows)} clips to generate")
     size = args.times if kind == "inversion" else GROUP  # image-to-image: versions of one clip

@@ -11,13 +11,14 @@ import pytest
 import soundfile
 import torch
 from conftest import save_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from appendix import augment, classify, generated
 from appendix.augment import Config, Mixture, balanced, worst
 from appendix.classify import LogMelCodec, targets_of
 from appendix.generated import balanced_subset, generated_rows
 from latents import LatentDataset, encode_dataset
+from sample import read_tensors
 from train import clips_of_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,6 +241,13 @@ def test_each_clip_is_generated_as_its_row_says(root, tmp_path, monkeypatch):
     assert not asked  # all is there
     with pytest.raises(SystemExit, match="another table"):
         generated.main(arguments(root, tmp_path, "--strength", 0.4))
+
+    # A class without a word would be read as letters.
+    words, about = read_tensors(tmp_path / "words" / "model" / "embedding.safetensors")
+    save_file({"<horn>": words["<horn>"]}, tmp_path / "one.safetensors", about)
+    options = ["--kinds", "inversion", "--embedding", tmp_path / "one.safetensors"]
+    with pytest.raises(SystemExit, match="has no word for <brass_band>$"):
+        generated.main(arguments(root, tmp_path / "other", *options))
 
 
 def test_the_table_end_to_end(root, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,14 @@ from latents import save_audio
 RATES = {"sample_rates": {"16000": 3}}
 SETS = {
     "reference": {"N": 3, "IS": 2.0, "sample_rates": {"16000": 2, "44100": 1}},
-    "generated": {"N": 3, "IS": 1.5, "IS_std": 0.25, "FD": 12.345, "KL_softmax": 0.5}
+    "generated": {
+        "N": 3,
+        "IS": 1.5,
+        "IS_std": 0.25,
+        "FD": 12.345,
+        "FD_extrapolated": 9,
+        "KL_softmax": 0.5,
+    }
     | {"KL_softmax_95": [0.4, 0.75], "KL_sigmoid": 0.2, "silent": ["clip-2"]}
     | RATES,
     "noise": {"N": 3, "IS": 1.0, "FD": 99.0, "KL_softmax": 3.0, "KL_sigmoid": 2.0},
@@ -63,6 +70,7 @@ def test_page_is_complete_and_needs_no_network(folders):
     assert not re.search(r"(https?:)?//", re.sub(r'src="[^"]*"', "", text))
     assert "&lt;b&gt;rain&lt;/b&gt; &amp; thunder" in text and "<b>" not in text
     assert "IS ± 0.25" in text and "KL softmax 0.4 to 0.75" in text and "1 silent: clip-2" in text
+    assert "N → ∞ is rough: 3 clips for 8 dimensions" in text
     assert "several sample rates" in text and "44100" in text
     assert "12.35" in text and "clip-1" in text and "python evaluate.py" in text
 

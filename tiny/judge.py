@@ -192,12 +192,13 @@ def judge(args: argparse.Namespace) -> dict:
     sets, shared = judge_sets(recordings, model, args)
 
     known = Recordings(HERE / "recordings.csv", "train")
-    splits = {"real": recordings, "training": known}
+    splits = {"real": recordings, "training": known}  # of which real clips are composed
     asked = {f"{k:02d}-{i}": x for k, x in enumerate(classes) for i in range(args.clips)}
     prompts = {name: wording[label]["plain"] for name, label in asked.items()}
-    for kind in splits:
-        scenes = {n: real_scene([x], splits[kind], int(n.split("-")[1])) for n, x in asked.items()}
-        write_scenes(out / "classes" / kind, scenes, splits[kind])
+    for kind, split in splits.items():
+        numbered = enumerate(asked.items())
+        scenes = {name: real_scene([x], split, i % args.clips) for i, (name, x) in numbered}
+        write_scenes(out / "classes" / kind, scenes, split)
     write_generated(out / "classes" / "generated", prompts, model, args)
     folders = {kind: out / "classes" / kind for kind in KINDS}
     heard = {kind: hear(evaluate.sounds_of(path), tagger) for kind, path in folders.items()}
@@ -209,9 +210,9 @@ def judge(args: argparse.Namespace) -> dict:
         f"pair-{k:02d}": (classes[k], classes[k - len(classes) + 7]) for k in range(len(classes))
     }
     texts = {n: " and ".join(wording[label]["full"] for label in pair) for n, pair in pairs.items()}
-    for kind in splits:
-        scenes = {name: real_scene([*pair], splits[kind], 0) for name, pair in pairs.items()}
-        write_scenes(out / "pairs" / kind, scenes, splits[kind])
+    for kind, split in splits.items():
+        scenes = {name: real_scene([*pair], split, 0) for name, pair in pairs.items()}
+        write_scenes(out / "pairs" / kind, scenes, split)
     write_generated(out / "pairs" / "generated", texts, model, args)
     both = {}
     for kind, (others, _, other_logits) in heard.items():
