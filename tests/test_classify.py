@@ -24,6 +24,7 @@ from appendix.classify import (
     open_features,
     roc_auc,
     save_tagger,
+    scores_of,
 )
 from evaluate import Cnn14, log_mel, mel_matrix
 from latents import MelCodec, encode_dataset
@@ -43,6 +44,21 @@ def test_scores_are_scikit_learns(kind):
         expected = average_precision_score(targets, scores)
         assert average_precision(*arguments) == pytest.approx(expected, rel=1e-12)
         assert roc_auc(*arguments) == pytest.approx(roc_auc_score(targets, scores), rel=1e-12)
+
+
+def test_means_over_classes_are_scikit_learns():
+    """Of those that some clips have and others don't: scikit-learn counts the others as 0."""
+    rng = np.random.default_rng(0)
+    targets = rng.random((60, 6)) < 0.2
+    targets[:, 1], targets[:, 4] = False, True
+    logits = rng.standard_normal((60, 6)) + targets
+    found = scores_of(torch.from_numpy(logits), torch.from_numpy(targets), [*"abcdef"])
+    there = [0, 2, 3, 5]
+    expected = average_precision_score(targets[:, there], logits[:, there], average="macro")
+    assert found["mAP"] == pytest.approx(expected, rel=1e-12)
+    expected = roc_auc_score(targets[:, there], logits[:, there], average="macro")
+    assert found["AUC"] == pytest.approx(expected, rel=1e-12)
+    assert [*found["AP"]] == [*"acdf"]
 
 
 def test_codec_keeps_what_the_classifier_hears():

@@ -60,6 +60,19 @@ def scipy_fd(x, y):
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
 
 
+def eigh_fd(x, y):
+    """By eigenvalues, for covariances without an inverse, where sqrtm loses digits:
+    tr(Σ₁Σ₂)^½ = Σ √λ of Σ₁^½·Σ₂·Σ₁^½."""
+    x, y = x.double().numpy(), y.double().numpy()
+    s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    values, vectors = scipy.linalg.eigh(s1)
+    values[values < 1e-12 * values.max()] = 0  # what rounding left of the null space
+    half = vectors * np.sqrt(values) @ vectors.T
+    values = scipy.linalg.eigvalsh(half @ s2 @ half)
+    root = np.sqrt(values[values > 1e-12 * values.max()]).sum()
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+
+
 @pytest.mark.parametrize("n, m, d", [(200, 150, 12), (40, 300, 12), (90, 90, 24)])
 def test_fd_is_that_of_scipys_matrix_root(n, m, d):
     mix = rng_normal(d, d, seed=1)
@@ -68,7 +81,7 @@ def test_fd_is_that_of_scipys_matrix_root(n, m, d):
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
     # fewer rows than dimensions: covariances without an inverse
     few_x, few_y = x[: d // 2], y[: d // 2 + 1]
-    assert frechet_distance(few_x, few_y) == pytest.approx(scipy_fd(few_x, few_y), rel=1e-5)
+    assert frechet_distance(few_x, few_y) == pytest.approx(eigh_fd(few_x, few_y), rel=1e-6)
 
 
 def whitened(n, d, seed=0):
@@ -82,6 +95,11 @@ def test_fd_known_answers():
     x, shift = whitened(100, 8), torch.arange(8.0).double()
     assert frechet_distance(x, x + shift) == pytest.approx(shift.square().sum().item(), rel=1e-9)
     assert frechet_distance(x, 3 * x) == pytest.approx((1 - 3) ** 2 * 8, rel=1e-9)
+    x = x @ rng_normal(8, 8, seed=3)  # Σ is no longer I: (1 − a)²·tr Σ, shifts add ‖m‖²
+    trace = x.var(dim=0).sum().item()
+    for a, m in ((0.5, 0.0), (3.0, 2.0), (0.0, -1.0)):
+        expected = (1 - a) ** 2 * trace + 8 * m**2
+        assert frechet_distance(x, a * x + m) == pytest.approx(expected, rel=1e-9)
     assert abs(frechet_distance(x, x)) < 1e-9
     assert abs(frechet_distance(x.float(), x.float())) < 1e-9
 
@@ -456,6 +474,7 @@ def test_controls_behave(folders, tmp_path, capsys):
     }
     for key in ("FD", "KL_softmax"):
         assert 0 < sets["floor"][key] < sets["generated"][key]
+        assert sets["floor"][key] <= sets["ceiling"][key]
         assert sets["floor"][key] < sets["noise"][key] < sets["silence"][key]
     assert sets["generated"]["KL_softmax"] < sets["shuffled"]["KL_softmax"]
     low, high = sets["generated"]["KL_softmax_95"]
@@ -675,6 +694,35 @@ def test_two_ranks_give_what_one_gives(folders, tmp_path):
         for key in ("N", "FD", "IS", "KL_softmax"):
             if key in row:
                 assert two["sets"][name][key] == pytest.approx(row[key], rel=1e-4), (name, key)
+
+
+def test_each_rank_computes_its_share(tmp_path):
+    (tmp_path / "share.py").write_text("""
+import torch
+import torch.distributed as dist
+import evaluate
+
+dist.init_process_group("gloo")
+sounds = {f"{i}": lambda i=i: (torch.full((32_000,), i / 10), 16_000) for i in range(5)}
+heard = []
+
+def network(waves):
+    heard.extend(waves[:, 0].tolist())
+    return waves[:, :1]
+
+found = evaluate.embed(sounds, network, "x", cache=None)
+print(dist.get_rank(), [round(10 * x) for x in sorted(heard)],
+      [round(10 * x) for x in found.values[:, 0].tolist()], flush=True)
+dist.destroy_process_group()
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, tmp_path / "share.py"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0 [0, 2, 4] [0, 1, 2, 3, 4]" in done.stdout
+    assert "1 [1, 3] [0, 1, 2, 3, 4]" in done.stdout
 
 
 def test_help_teaches():

@@ -81,6 +81,7 @@ def test_end_to_end(recordings, tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(MelCodec, "iterations", 1)
+    monkeypatch.setattr(evaluate, "CACHE", tmp_path / "cache")
     monkeypatch.setitem(evaluate.embed.__wrapped__.__kwdefaults__, "cache", tmp_path / "cache")
     torch.manual_seed(0)
     codec = MelCodec()

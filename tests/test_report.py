@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import Tags
+from conftest import Tags, save_model
 from matplotlib.image import imread
+from safetensors.torch import load_file
 
 from appendix import report
 from latents import save_audio
@@ -106,6 +107,19 @@ def test_pairs_are_those_of_evaluate(folders):
     for kind in ("generated", "reference"):
         save_audio(folders / kind / "x.wav", torch.randn(32_000) / 9, '{"prompt": "a gong"}')
     assert "a gong" in make(folders)
+
+
+def test_efficiency(tmp_path, quick_sounds, capsys):
+    save_model(tmp_path / "model")
+    report.main(["--efficiency", "--model", str(tmp_path / "model"), "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    found = {line[:24].strip(): line[24:] for line in lines}
+    unet = load_file(tmp_path / "model/unet/diffusion_pytorch_model.safetensors")
+    assert found["U-Net parameters"] == f"{sum(x.numel() for x in unet.values()):,}"
+    assert found["bytes a clip on disk"] == "32,256"  # 64 bands × 504 frames of uint8
+    assert found["codec"] == "mel" and found["latent"] == "64 × 24 × 21"
+    assert 0 < float(found["seconds a clip"]) < 60 and 0.1 < float(found["peak memory, GiB"]) < 20
+    assert found["device"].startswith("cpu, ")
 
 
 def test_bad_input_is_one_line(folders):
