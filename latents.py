@@ -262,14 +262,14 @@ class MelCodec:
     fmin, fmax = 20.0, 8000.0  # Hz
     floor_db, top_db = -80.0, 6.0
     tilt = 0.5
-    iterations = 32  # of Griffin-Lim
+    iterations, momentum = 16, 0.99  # of Griffin-Lim
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
         self.window = torch.hann_window(self.n_fft).to(device)
         bins = self.n_fft // 2 + 1
         mel = AF.melscale_fbanks(bins, self.fmin, self.fmax, self.channels, SAMPLE_RATE).T
-        self.mel, self.inverse = mel.to(device), torch.linalg.pinv(mel).to(device)  # [513, 64]
+        self.mel = mel.to(device)  # [64, 513]
         cosines = AF.create_dct(self.channels, self.channels, "ortho")  # [band, k]
         gain = (1 + torch.arange(self.channels)) ** self.tilt
         # z = C · diag(gain) · Cᵀ · dB, and back
@@ -305,29 +305,33 @@ class MelCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Sharpened dB, [B, 64, frames] -> 16 kHz wave, float32 [B, 320·frames]; a clip has 504
-        frames. Not random: phases start at 0."""
+        frames. It starts from white noise, always the same: inside a band the magnitudes of real
+        sounds rise and fall as those of noise do, where a smooth spectrum with phases 0 buzzes."""
         latents = _expect(latents, self.channels, None).to(self.device)
         decibel = (self.unsharpen @ latents).clamp(self.floor_db, self.top_db)
-        mel = 10 ** (decibel / 20) - 10 ** (self.floor_db / 20)  # [B, 64, frames]
-        # A magnitude s ≥ 0 with M·s ≈ mel: the pseudo-inverse without its negative values, improved
-        # by Lee & Seung's multiplicative updates s ← s · Mᵀmel / MᵀMs. They halve the error.
-        magnitude = (self.inverse @ mel).clamp(min=1e-7)  # [B, 513, frames]
+        decibel = F.pad(decibel, (0, 1), mode="replicate")  # frames 0 … n, the last at the end
+        mel = 10 ** (decibel / 20) - 10 ** (self.floor_db / 20)  # [B, 64, frames + 1]
+        samples, full_scale = HOP * latents.shape[-1], self.window.sum() / 2
+        noise = torch.randn(samples, generator=torch.Generator().manual_seed(0)).to(self.device)
+        spectrum = self.stft(noise).expand(len(mel), -1, -1)  # [B, 513, frames + 1]
+        s, phase, last = spectrum.abs() / full_scale, spectrum.sgn(), 0
         target = self.mel.T @ mel
-        for _ in range(20):
-            magnitude = magnitude * target / (self.mel.T @ (self.mel @ magnitude) + 1e-9)
-        magnitude = F.pad(magnitude, (0, 1), mode="replicate")  # one frame more
-        return AF.griffinlim(
-            magnitude * (self.window.sum() / 2),
-            window=self.window,
-            n_fft=self.n_fft,
-            hop_length=HOP,
-            win_length=self.n_fft,
-            power=1.0,
-            n_iter=self.iterations,
-            momentum=0.99,  # the fast variant (Perraudin et al., 2013)
-            length=HOP * decibel.shape[-1],
-            rand_init=False,
-        )
+        for _ in range(self.iterations):
+            for _ in range(3):  # Lee & Seung (2000): s ≥ 0 nearer to M·s = mel
+                s = s * target / (self.mel.T @ (self.mel @ s) + 1e-9)
+            wave = self.istft(full_scale * s * phase, samples)
+            rebuilt = self.stft(wave)
+            s = rebuilt.abs() / full_scale
+            phase = (rebuilt - self.momentum / (1 + self.momentum) * last).sgn()
+            last = rebuilt
+        return wave
+
+    def stft(self, wave: Tensor) -> Tensor:
+        """[…, samples] -> complex […, 513, frames + 1]."""
+        return torch.stft(wave, self.n_fft, HOP, window=self.window, return_complex=True)
+
+    def istft(self, spectrum: Tensor, samples: int) -> Tensor:
+        return torch.istft(spectrum, self.n_fft, HOP, window=self.window, length=samples)
 
 
 def _expect(batch: Tensor, *shape: int | None) -> Tensor:
