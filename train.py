@@ -114,7 +114,6 @@ class Config:
     noisy_share: Share = 0.3  # share of clips whose t is drawn from the noisiest quarter
     balanced: bool = True  # draw clips so that labels come up equally often
     frozen_steps: NotNegative = 0  # until then only conv_in, conv_out, text projection train (B.4)
-    only: str = ""  # train only the layers with this in their name ("attentions"); empty: all
     precision: Literal["bf16", "fp32"] = "bf16"  # of autocast
     gradient_checkpointing: bool = False  # less memory, a third more time
     compile: bool = False  # torch.compile the U-Net
@@ -270,10 +269,6 @@ class Run:
         self.alphas_cumprod = diffusion.shifted(alphas_cumprod, c.schedule_shift).to(self.device)
         torch.manual_seed(c.seed)  # of the layers that --init doesn't bring
         self.unet = self.make_unet().to(self.device, memory_format=layout(self.device))
-        for name, p in self.unet.named_parameters():
-            p.requires_grad_(c.only in name)
-        if not any(p.requires_grad for p in self.unet.parameters()):
-            raise ValueError(f"--only {c.only}: no layer of this U-Net has that in its name")
         self.ema = copy.deepcopy(self.unet).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), c.lr, (0.9, c.beta2), weight_decay=c.weight_decay, fused=True

@@ -56,37 +56,6 @@ def test_draws_are_balanced_over_classes(train, scenes):
         assert labels_a_scene[count] / len(scenes) == pytest.approx(probability, abs=0.04)
 
 
-def test_shares_and_background(train):
-    """Without them the scenes are the default ones; with them, they are what was asked for."""
-    options = {"shares": compose.LABELS_A_SCENE, "background": compose.BACKGROUND}
-    assert compose.draw_scenes(train, "train", 20, 0, **options) == compose.draw_scenes(
-        train, "train", 20, 0
-    )
-    options = {"shares": (0.0, 0.5, 0.5), "background": (-3.0, -2.0)}
-    drawn = compose.draw_scenes(train, "train", 200, 0, **options)
-    counts = Counter(len(scene["layers"]) for scene in drawn)
-    assert counts[1] == 0 and counts[2] / 200 == pytest.approx(0.5, abs=0.15)
-    for scene in drawn:
-        *first, last = [layer["gain_db"] for layer in scene["layers"]]
-        assert set(first) == {0.0}
-        assert -3 <= last <= -2 if scene["order"] == "together" else last == 0
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--shares 0.5 0.5 0.5", "--shares are three numbers"),
-        ("--shares 1.5 -0.5 0", "--shares are three numbers"),
-        ("--background 0 -8", "--background is two levels, the softer one first"),
-    ],
-)
-def test_a_bad_command_line_has_status_2(options, message, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["compose", *options.split()])
-    with pytest.raises(SystemExit) as e:
-        compose.main()
-    assert e.value.code == 2 and message in capsys.readouterr().err
-
-
 def test_draws_are_balanced_over_sources(train):
     """Within a class a source counts as much as any other, however many recordings it has."""
     label = max(train.names, key=lambda x: len(train.classes[x]))

@@ -600,19 +600,6 @@ def test_frozen_blocks_thaw(whole, small, tmp_path, monkeypatch):
         assert not torch.equal(thawed["ema"][name], value), name
 
 
-def test_only_some_layers_train(small, tmp_path):
-    """The others stay as they were, to the bit, in the weights and in their average."""
-    command = [*small, "--only", "attentions", "--out", str(tmp_path / "run"), "--steps", "3"]
-    start = copy.deepcopy(Run(parse_args(command)).unet.state_dict())
-    train.main(command)
-    saved = checkpoint(tmp_path / "run", 3)
-    assert any("attentions" in name for name in start)
-    for name, value in start.items():
-        for weights in ("unet", "ema"):
-            assert torch.equal(saved[weights][name], value) != ("attentions" in name), name
-    fails([*small, "--only", "nothing", "--out", str(tmp_path / "other")], "--only nothing")
-
-
 # ---- ranks ---------------------------------------------------------------------------------------
 
 # Imports train.py once, then forks the ranks of one run after the other. (torchrun, which takes

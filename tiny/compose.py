@@ -27,7 +27,6 @@ import functools
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,6 @@ HERE = Path(__file__).resolve().parent
 CLIPS = {"train": 12_000, "test": 512}
 SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
 LABELS_A_SCENE = (0.65, 0.27, 0.08)  # probability of one, two, three labels
-BACKGROUND = (-14.0, -4.0)  # dB, the last of sounds heard together relative to the others
 
 # Pitch and speed change together, as on a tape, by p/q. Small terms only: resampling between rates
 # with a large coprime ratio is slow. One dog keeps to one row; notes move in just intonation.
@@ -126,26 +124,20 @@ def frame_rms(wave: Tensor) -> Tensor:
 # ------------------------------------------------------------------ drawing a scene
 
 
-def draw_scene(
-    rng: np.random.Generator,
-    recordings: Recordings,
-    name: str = "scene",
-    shares: Sequence[float] = LABELS_A_SCENE,
-    background: tuple[float, float] = BACKGROUND,
-) -> dict:
+def draw_scene(rng: np.random.Generator, recordings: Recordings, name: str = "scene") -> dict:
     """A scene's record: id, captions, labels, order, place, layers, room, levels. Reads no audio.
 
     A layer: label, gain_db, its filter (low_db, high_db, cutoff in Hz or None) and its events. An
     event: file, start (s in the clip), offset and seconds (of the recording), pitch ([p, q]),
     gain_db and fade (s, at both ends).
     """
-    count = min(1 + rng.choice(3, p=shares), len(recordings.names))
+    count = min(1 + rng.choice(3, p=LABELS_A_SCENE), len(recordings.names))
     labels = [str(x) for x in rng.choice(recordings.names, count, replace=False)]
     is_texture = {x: recordings.wording[x]["plays"] == "texture" for x in labels}
     order = "then" if count == 2 and rng.random() < 0.4 else "together"
     if order == "together":
         labels.sort(key=is_texture.get)  # the last layer is the background: a texture, if any
-    layers = draw_layers(rng, recordings, labels, order, background)
+    layers = draw_layers(rng, recordings, labels, order)
 
     place = "near"
     if count == 1 and not is_texture[labels[0]]:  # nobody says "rain in a large hall"
@@ -161,11 +153,7 @@ def draw_scene(
 
 
 def draw_layers(
-    rng: np.random.Generator,
-    recordings: Recordings,
-    labels: list[str],
-    order: str,
-    background: tuple[float, float] = BACKGROUND,
+    rng: np.random.Generator, recordings: Recordings, labels: list[str], order: str
 ) -> list[dict]:
     """A layer for each label: one "then" the other, or all "together", the last one softer."""
     spans = [(0.0, SECONDS)] * len(labels)
@@ -174,7 +162,7 @@ def draw_layers(
         spans = [(0.0, change), (change, SECONDS)]
     layers = [draw_layer(rng, recordings, x, *span) for x, span in zip(labels, spans, strict=True)]
     if order == "together" and len(labels) > 1:
-        layers[-1]["gain_db"] = uniform(rng, *background)
+        layers[-1]["gain_db"] = uniform(rng, -14, -4)
     return layers
 
 
@@ -320,13 +308,12 @@ def filter_gain(hertz: Tensor, layer: dict) -> Tensor:
 # ------------------------------------------------------------------ the data set
 
 
-def draw_scenes(recordings: Recordings, split: str, clips: int, seed: int, **options) -> list[dict]:
-    """The records of scenes 0 … clips − 1 of a split, each from its own generator. options:
-    `draw_scene`'s shares and background."""
+def draw_scenes(recordings: Recordings, split: str, clips: int, seed: int) -> list[dict]:
+    """The records of scenes 0 … clips − 1 of a split, each from its own generator."""
     scenes = []
     for i in range(clips):
         rng = np.random.default_rng([seed, list(CLIPS).index(split), i])
-        scenes.append(draw_scene(rng, recordings, f"{split}-{seed}-{i:06d}", **options))
+        scenes.append(draw_scene(rng, recordings, f"{split}-{seed}-{i:06d}"))
     return scenes
 
 
@@ -341,33 +328,18 @@ def main() -> None:
     parser.add_argument("--split", choices=list(CLIPS), help="recordings used (default: train)")
     parser.add_argument("--clips", type=int, help=f"number of scenes (default: {CLIPS})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--shares", type=float, nargs=3, metavar="P", default=LABELS_A_SCENE,
-        help="of scenes with one, two, three labels [%(default)s]",
-    )  # fmt: skip
-    parser.add_argument(
-        "--background", type=float, nargs=2, metavar="DB", default=BACKGROUND,
-        help="softest and loudest that the last of sounds heard together is, relative to the "
-        "others, in dB [%(default)s]",
-    )  # fmt: skip
     parser.add_argument("--recordings", type=Path, default=HERE / "recordings.csv")
     parser.add_argument("--workers", type=int, default=2, help="processes that compose")
     args = parser.parse_args()
     if args.clips is not None and args.clips < 1 or args.workers < 0 or args.seed < 0:
         parser.error("--clips takes 1 or more, --workers and --seed 0 or more")
-    if min(args.shares) < 0 or not math.isclose(sum(args.shares), 1):
-        parser.error("--shares are three numbers from 0 to 1 that add up to 1")
-    if not args.background[0] <= args.background[1]:
-        parser.error("--background is two levels, the softer one first")
     torch.set_num_threads(1)  # the workers fill the cores
     splits = [args.split or "train"] if args.split or args.out else list(CLIPS)
     try:
         for split in splits:
             out = args.out or HERE / "data" / split
             recordings = Recordings(args.recordings, split)
-            options = {"shares": args.shares, "background": args.background}
-            clips = args.clips or CLIPS[split]
-            scenes = draw_scenes(recordings, split, clips, args.seed, **options)
+            scenes = draw_scenes(recordings, split, args.clips or CLIPS[split], args.seed)
             print(f"{out}: {len(scenes)} scenes of {len(recordings.names)} classes")
             recordings.preload(scenes)
             load = functools.partial(load_clips, recordings)
