@@ -31,7 +31,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def quick_sounds():
-    """Two rounds of Griffin-Lim instead of 32, on one thread."""
+    """Two rounds of Griffin-Lim instead of 16, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -105,7 +105,7 @@ def test_end_to_end(recordings, tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "out" / "judge.json").read_text())
     assert set(result["classes"]) == set(recordings.names)
     assert set(result["sets"]) >= {"generated", "floor", "ceiling", "noise", "shuffled"}
-    assert len(result["pairs"]) == 36 and len(result["nearest"]) == 36
+    assert len(result["pairs"]) == 36 and len(result["nearest"]) == 20 + 36 + 36
     assert 0 <= result["totals"]["generated top-1"] <= result["totals"]["generated top-5"] <= 1
     for row in result["nearest"].values():
         assert (HERE / row["recording"]).is_file()

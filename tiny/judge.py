@@ -13,9 +13,9 @@
 3. PAIRS. Prompts with two sounds: does the tagger hear both, each more than in nine of ten clips
    whose prompts don't name it? Beside the same for scenes of held-out recordings of the two, and
    of training recordings: what it can hear at best.
-4. NEAREST. For each clip of 2 the nearest training recording, by the cosine of the tagger's
+4. NEAREST. For each generated clip the nearest training recording, by the cosine of the tagger's
    embeddings. Clips of held-out recordings can't hold one, those of training recordings do: between
-   them memorising is seen for what it is.
+   their medians and that of the generated clips of 2, memorising is seen for what it is.
 
 All of it is in OUT/judge.json; OUT/sets holds evaluate.py's metrics.json. Sounds that are there
 already are not made again, so a command that was stopped goes on.
@@ -118,9 +118,9 @@ def hear(sounds: dict[str, Path], tagger: evaluate.Cnn14) -> tuple[list[str], Te
     return found.names, found.values[:, :width], found.values[:, width:]
 
 
-def judge_sets(recordings: Recordings, model, args: argparse.Namespace) -> tuple[dict, float]:
-    """1. evaluate.py's metrics, and the share of the floor's scenes that have a recording of the
-    reference's."""
+def judge_sets(recordings: Recordings, model, args: argparse.Namespace) -> tuple[dict, dict, float]:
+    """1. evaluate.py's metrics, the captions, and the share of the floor's scenes that have a
+    recording of the reference's."""
     folder = args.out / "sets"
     scenes = {s["id"]: s for s in draw_scenes(recordings, "test", args.scenes, SEED)}
     captions = {name: scene["captions"][0] for name, scene in scenes.items()}
@@ -134,7 +134,8 @@ def judge_sets(recordings: Recordings, model, args: argparse.Namespace) -> tuple
     arguments += ["--codec", "mel", "--variants", "--classifier", args.classifier, "--out", folder]
     evaluate.main([*map(str, arguments)])
     shared = [bool(recordings_of(s) & recordings_of(others[n])) for n, s in scenes.items()]
-    return json.loads((folder / "metrics.json").read_text())["sets"], float(np.mean(shared))
+    metrics = json.loads((folder / "metrics.json").read_text())["sets"]
+    return metrics, captions, float(np.mean(shared))
 
 
 def judge_classes(heard: dict, asked: dict[str, str], tagger: evaluate.Cnn14) -> dict[str, dict]:
@@ -189,7 +190,7 @@ def judge(args: argparse.Namespace) -> dict:
         raise ValueError(f"{args.classifier}: doesn't know the tiny world's classes")
     model = load_model(args.model, args.device)
     agree(args, ("seed", "steps", "guidance", "sampler", "scenes", "clips"))
-    sets, shared = judge_sets(recordings, model, args)
+    sets, captions, shared = judge_sets(recordings, model, args)
 
     known = Recordings(HERE / "recordings.csv", "train")
     splits = {"real": recordings, "training": known}  # of which real clips are composed
@@ -214,9 +215,10 @@ def judge(args: argparse.Namespace) -> dict:
         scenes = {name: real_scene([*pair], split, 0) for name, pair in pairs.items()}
         write_scenes(out / "pairs" / kind, scenes, split)
     write_generated(out / "pairs" / "generated", texts, model, args)
+    in_pairs = {kind: hear(evaluate.sounds_of(out / "pairs" / kind), tagger) for kind in KINDS}
     both = {}
     for kind, (others, _, other_logits) in heard.items():
-        names, _, logits = hear(evaluate.sounds_of(out / "pairs" / kind), tagger)
+        names, _, logits = in_pairs[kind]
         named = [set(pairs[n]) for n in names] + [{asked[n]} for n in others]
         logits = torch.cat([logits, other_logits])
         both[kind] = judge_pairs(logits, named, len(names), tagger.labels)
@@ -226,22 +228,21 @@ def judge(args: argparse.Namespace) -> dict:
     files = [take["file"] for takes in sources for take in takes]
     names, embeddings, _ = hear({file: HERE / file for file in files}, tagger)
     embeddings = F.normalize(embeddings, dim=1)
-    cosines = {
-        kind: (F.normalize(e, dim=1) @ embeddings.T).max(1) for kind, (_, e, _) in heard.items()
-    }
-    nearest = {
-        n: {"prompt": prompts[n], "recording": names[i], "cosine": round(best, 4)}
-        for n, best, i in zip(
-            heard["generated"][0], *map(torch.Tensor.tolist, cosines["generated"])
-        )
-    }
+    cosines = {kind: F.normalize(e, dim=1) @ embeddings.T for kind, (_, e, _) in heard.items()}
+    in_sets = hear(evaluate.sounds_of(out / "sets" / "generated"), tagger)
+    nearest = {}
+    for clips, e, _ in (in_sets, heard["generated"], in_pairs["generated"]):
+        for clip, cosine in zip(clips, F.normalize(e, dim=1) @ embeddings.T, strict=True):
+            best, i = cosine.max(0)
+            found = {"prompt": (captions | prompts | texts)[clip], "recording": names[i]}
+            nearest[clip] = found | {"cosine": round(best.item(), 4)}
     return {
         "model": str(args.model), "classifier": str(args.classifier), "seed": args.seed,
         "sets": sets, "floor shares a recording": shared, "totals": totals, "classes": rows,
         "pairs heard": {kind: float(np.mean(found)) for kind, found in both.items()},
         "pairs": dict(zip(texts.values(), both["generated"], strict=True)),
         "median cosine to the nearest training recording":
-            {kind: best.values.median().item() for kind, best in cosines.items()},
+            {kind: x.max(1).values.median().item() for kind, x in cosines.items()},
         "nearest": nearest,
     }  # fmt: skip
 
