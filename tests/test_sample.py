@@ -772,7 +772,7 @@ def run_script(folder, *arguments, launcher=()):
 
 def test_two_ranks_write_what_one_writes(main, here, folders, monkeypatch):
     """Equal names would be a race, but for rank 0 naming all of them."""
-    monkeypatch.setattr(MelCodec, "iterations", 32)  # as in the other processes
+    monkeypatch.setattr(MelCodec, "iterations", 16)  # as in the other processes
     for folder in ("one", "two"):
         (here / folder).mkdir()
         (here / folder / "dog.wav").write_text("here before")
