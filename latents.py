@@ -316,9 +316,9 @@ class MelCodec:
         noise = torch.randn(samples, generator=torch.Generator().manual_seed(0)).to(self.device)
         spectrum = self.stft(noise).expand(len(mel), -1, -1)  # [B, 513, frames + 1]
         s, phase, last = spectrum.abs() / full_scale, spectrum.sgn(), 0
-        target = self.mel.T @ mel
+        target = self.mel.T @ mel  # M: self.mel [64, 513]
         for _ in range(self.iterations):
-            for _ in range(3):
+            for _ in range(3):  # s ← s · Mᵀmel / MᵀMs
                 s = s * target / (self.mel.T @ (self.mel @ s) + 1e-9)
             wave = self.istft(full_scale * s * phase, samples)
             rebuilt = self.stft(wave)
