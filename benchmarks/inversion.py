@@ -8,6 +8,9 @@ No model takes part: what is lost here is lost to any model in this latent space
     rounds     of Griffin-Lim
     n_fft, floor, power    of the spectrogram that is stored; others would need another model
 
+Kept magnitudes get 32 rounds, as torchaudio's; the others 16, as the codec. Rows after the codec's
+own change one thing each.
+
 "off" is by how much mel bands above −60 dB change when the sound is encoded again. FD and KL
 (evaluate.py's, by tiny/classifier.safetensors) are between the scenes and what is decoded. "noise"
 is by how much of their mean the magnitudes of white noise vary after it went through: by 0.523
@@ -119,6 +122,7 @@ def hear(waves: Tensor, tagger: evaluate.Cnn14) -> evaluate.Features:
 
 
 def varies(codec: Variant) -> float:
+    """The column "noise": std over mean of the magnitudes of a frame's neighbouring bins."""
     noise = 0.1 * torch.randn(1, CLIP_SAMPLES, generator=torch.Generator().manual_seed(1))
     decoded = codec.wave_of(codec.mel_of(noise))
     # 1024 samples whatever the codec's n_fft; not the ends, not the lowest bands, narrow as bins

@@ -230,11 +230,11 @@ def judge(args: argparse.Namespace) -> dict:
     embeddings = F.normalize(embeddings, dim=1)
     cosines = {kind: F.normalize(e, dim=1) @ embeddings.T for kind, (_, e, _) in heard.items()}
     in_sets = hear(evaluate.sounds_of(out / "sets" / "generated"), tagger)
-    nearest = {}
+    nearest, asked_for = {}, captions | prompts | texts
     for clips, e, _ in (in_sets, heard["generated"], in_pairs["generated"]):
         for clip, cosine in zip(clips, F.normalize(e, dim=1) @ embeddings.T, strict=True):
             best, i = cosine.max(0)
-            found = {"prompt": (captions | prompts | texts)[clip], "recording": names[i]}
+            found = {"prompt": asked_for[clip], "recording": names[i]}
             nearest[clip] = found | {"cosine": round(best.item(), 4)}
     return {
         "model": str(args.model), "classifier": str(args.classifier), "seed": args.seed,
