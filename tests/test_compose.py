@@ -1,6 +1,7 @@
 """The tiny world: scenes are reproducible, balanced, rightly labelled, and store like any data."""
 
 import csv
+import hashlib
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny import compose
+from tiny import compose, wording
 from tiny.wording import read_wording
 
 REPO = Path(__file__).parent.parent
@@ -46,13 +47,27 @@ def test_scene_depends_on_seed_split_and_index_only(train, scenes):
     assert torch.equal(compose.compose_scene(few[7], train), compose.compose_scene(again, train))
 
 
+def test_scenes_that_measure_stay_as_they_are():
+    """Numbers of different models compare only on the same test scenes, draw for draw."""
+    recordings = compose.Recordings(TABLE, "test")
+    scenes = compose.draw_scenes(recordings, "test", 20, seed=0)
+    drawn = [{key: scene[key] for key in scene if key != "captions"} for scene in scenes]
+    assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16] == "f680e6edba6dcc30"
+
+
+def test_scenes_to_train_on_vary_more(scenes):
+    events = [e for scene in scenes for layer in scene["layers"] for e in layer["events"]]
+    assert {(2, 3), (3, 2)} <= {tuple(e["pitch"]) for e in events}
+    assert max(scene["wet"] for scene in scenes if scene["place"] == "near") > 0.8
+
+
 def test_draws_are_balanced_over_classes(train, scenes):
     counts = Counter(layer["label"] for scene in scenes for layer in scene["layers"])
     share = sum(counts.values()) / len(train.names)
     assert set(counts) == set(train.names)
     assert all(0.6 * share < n < 1.4 * share for n in counts.values())
     labels_a_scene = Counter(len(scene["layers"]) for scene in scenes)
-    for count, probability in enumerate(compose.LABELS_A_SCENE, 1):
+    for count, probability in enumerate(compose.LABELS_A_SCENE["train"], 1):
         assert labels_a_scene[count] / len(scenes) == pytest.approx(probability, abs=0.04)
 
 
@@ -90,30 +105,54 @@ def test_splits_share_no_recording(scenes):
 
 
 def test_captions_name_every_label(train, scenes):
-    """With several labels every caption names each; with one, it is one of the class's phrases."""
-    distinct = set()
+    """A caption that no language model wrote has one of its class's phrases for each label."""
+    written = {
+        caption
+        for words in train.wording.values()
+        for captions in words["written"].values()
+        for caption in captions
+    }
     for scene in scenes:
-        count = 3 if len(scene["layers"]) == 1 else 2
-        assert len(scene["captions"]) == len(set(scene["captions"])) == count
-        distinct.update(scene["captions"])
-        for caption in scene["captions"]:
+        assert len(scene["captions"]) == len(set(scene["captions"])) == wording.CAPTIONS
+        for caption in set(scene["captions"]) - written:
             for layer in scene["layers"]:
                 words = train.wording[layer["label"]]
-                names = [words["plain"], layer["label"]]
-                names += words["also"] if len(scene["layers"]) == 1 else []
+                names = [words["plain"], layer["label"], *words["also"]]
                 assert any(name in caption for name in names), (caption, layer["label"])
-        if len(scene["layers"]) == 1 and scene["place"] == "near":
+        if len(scene["layers"]) == 1:
             assert scene["captions"][0] == train.wording[scene["labels"][0]]["plain"]
-    assert len(distinct) < 5000  # their text states fit a cache
+
+
+def test_language_model_captions_are_of_known_labels_and_reach_scenes(train, scenes):
+    with open(REPO / "tiny" / "llm_captions.csv", newline="", encoding="utf-8") as file:
+        table = {row["caption"]: sorted(row["labels"].split(";")) for row in csv.DictReader(file)}
+    assert all(set(labels) <= set(train.names) for labels in table.values())
+    found = [(x, scene["labels"]) for scene in scenes for x in scene["captions"] if x in table]
+    assert len(found) > 100 and all(table[caption] == labels for caption, labels in found)
+
+
+def test_unseen_prompts_are_in_words_of_their_own():
+    """At least three a class, none of them said in training, by people or by the language model."""
+    classes = read_wording()
+    said = {x.lower() for w in classes.values() for x in (w["plain"], w["full"], *w["also"])}
+    with open(REPO / "tiny" / "llm_captions.csv", newline="", encoding="utf-8") as file:
+        said |= {row["caption"].lower() for row in csv.DictReader(file)}
+    with open(REPO / "tiny" / "unseen_prompts.csv", newline="", encoding="utf-8") as file:
+        prompts = list(csv.DictReader(file))
+    counts = Counter(row["label"] for row in prompts)
+    assert set(counts) == set(classes) and min(counts.values()) >= 3
+    assert len(prompts) == len({row["prompt"] for row in prompts})
+    assert not said & {row["prompt"].lower() for row in prompts}
 
 
 def test_every_class_has_words():
-    wording = read_wording()
+    classes = read_wording()
     for row in rows():
-        words = wording[row["labels"].split(";")[0]]
+        words = classes[row["labels"].split(";")[0]]
         assert words["plain"] and words["full"].endswith(words["plain"]) and all(words["also"])
         phrases = [words["plain"], words["full"], *words["also"]]
         assert len(phrases) == len(set(phrases)) or words["plain"] == words["full"]
+        assert len(set(phrases)) >= 40
 
 
 def test_reference_captions_are_of_the_first_scene_of_each_label_set():

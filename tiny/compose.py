@@ -15,6 +15,9 @@ all that was drawn, so `compose_scene(record, recordings)` gives the same sound 
 balanced over classes, then over the sources of a class (a soundfont with 60 notes counts as much as
 one field recording), then over the recordings of a source.
 
+Scenes to train on vary more than those of "test", in pitch and in the rooms near by. As the tagger
+hears them, they are then more like scenes of other recordings.
+
 Not in the papers, which train on two million clips of AudioSet.
 
     python -m tiny.compose                                    # tiny/data/train, tiny/data/test
@@ -41,11 +44,14 @@ from tiny.wording import draw_captions, read_wording
 HERE = Path(__file__).resolve().parent
 CLIPS = {"train": 12_000, "test": 512}
 SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
-LABELS_A_SCENE = (0.65, 0.27, 0.08)  # probability of one, two, three labels
+LABELS_A_SCENE = {"train": (0.5, 0.4, 0.1), "test": (0.65, 0.27, 0.08)}  # one, two, three labels
 
 # Pitch and speed change together, as on a tape, by p/q. Small terms only: resampling between rates
 # with a large coprime ratio is slow. One dog keeps to one row; notes move in just intonation.
 PITCHES = (((5, 6), (9, 10)), ((15, 16), (1, 1), (1, 1), (16, 15)), ((10, 9), (6, 5)))
+WIDE_PITCHES = (  # of training scenes: their recordings are few, and others sound otherwise
+    ((2, 3), (3, 4)), ((3, 4), (4, 5)), *PITCHES, ((5, 4), (4, 3)), ((4, 3), (3, 2)),
+)  # fmt: skip
 SCALE = ((1, 1), (1, 1), (9, 8), (5, 4), (4, 3), (8, 9), (4, 5), (3, 4))
 
 # Where a scene is heard: reverberation time in seconds, amplitude of the reverberation relative to
@@ -55,6 +61,7 @@ PLACES = {
     "hall": {"rt60": (1.2, 2.0), "wet": (0.6, 1.2), "level_db": (-22, -16)},
     "far": {"rt60": (0.4, 1.5), "wet": (0.3, 1.0), "level_db": (-34, -28)},
 }
+WIDE_NEAR = {"rt60": (0.1, 1.2), "wet": (0.0, 0.9)}  # of training scenes
 FFT_SAMPLES = 180_000  # a clip and 1.17 s of reverberation; 2^5 · 3^2 · 5^4 is quick to transform
 
 
@@ -69,7 +76,8 @@ class Recordings:
     """
 
     def __init__(self, table: str | Path, split: str):
-        self.folder = Path(table).parent
+        self.folder, self.split = Path(table).parent, split
+        self.pitches = WIDE_PITCHES if split == "train" else PITCHES
         self.wording = read_wording()
         self.classes = defaultdict(lambda: defaultdict(list))  # class -> source -> recordings
         self.waves: dict[str, Tensor] = {}
@@ -131,7 +139,7 @@ def draw_scene(rng: np.random.Generator, recordings: Recordings, name: str = "sc
     event: file, start (s in the clip), offset and seconds (of the recording), pitch ([p, q]),
     gain_db and fade (s, at both ends).
     """
-    count = min(1 + rng.choice(3, p=LABELS_A_SCENE), len(recordings.names))
+    count = min(1 + rng.choice(3, p=LABELS_A_SCENE[recordings.split]), len(recordings.names))
     labels = [str(x) for x in rng.choice(recordings.names, count, replace=False)]
     is_texture = {x: recordings.wording[x]["plays"] == "texture" for x in labels}
     order = "then" if count == 2 and rng.random() < 0.4 else "together"
@@ -149,6 +157,8 @@ def draw_scene(rng: np.random.Generator, recordings: Recordings, name: str = "sc
     scene["noise_db"] = uniform(rng, -60, -35) if rng.random() < 0.3 else None
     scene["seed"] = int(rng.integers(2**31))  # of the room and the noise
     scene["layers"] = layers
+    if recordings.split == "train" and place == "near":
+        scene |= {key: uniform(rng, *WIDE_NEAR[key]) for key in WIDE_NEAR}
     return scene | {"captions": draw_captions(rng, scene, recordings.wording)}
 
 
@@ -179,14 +189,14 @@ def draw_layer(
         "notes": note_events,
         "calls": functools.partial(repeated_events, longest=1.2, jitter=0.7),
         "beats": functools.partial(repeated_events, longest=0.3, jitter=0.1),
-    }[recordings.wording[label]["plays"]](rng, takes, begin, end)
+    }[recordings.wording[label]["plays"]](rng, takes, begin, end, pitches=recordings.pitches)
     shelves = {"low_db": uniform(rng, -6, 4), "high_db": uniform(rng, -6, 4)}
     return {"label": label, "gain_db": 0.0, **shelves, "cutoff": None, "events": events}
 
 
-def texture_events(rng, takes: list[dict], begin: float, end: float) -> list[dict]:
+def texture_events(rng, takes: list[dict], begin: float, end: float, pitches=PITCHES) -> list[dict]:
     """Rain, wind, an engine: pieces crossfaded into each other until the time is full."""
-    events, pitch = [], pick(rng, pick(rng, PITCHES))
+    events, pitch = [], pick(rng, pick(rng, pitches))
     ratio = pitch[0] / pitch[1]
     start, end = begin - 0.25, end + 0.25  # fades at the ends of a clip lie outside
     while True:
@@ -201,10 +211,10 @@ def texture_events(rng, takes: list[dict], begin: float, end: float) -> list[dic
 
 
 def repeated_events(
-    rng, takes: list[dict], begin: float, end: float, longest: float, jitter: float
+    rng, takes: list[dict], begin: float, end: float, longest: float, jitter: float, pitches
 ) -> list[dict]:
     """A bark, a step: again and again, with pauses no longer than itself, or than `longest` s."""
-    events, pitches = [], pick(rng, PITCHES)
+    events, pitches = [], pick(rng, pitches)
     pause = rng.uniform(0.1, 1.0)
     start = begin + rng.uniform(0, 0.1) * (end - begin)
     end -= rng.uniform(0, 0.15) * (end - begin)
@@ -218,8 +228,9 @@ def repeated_events(
     return events
 
 
-def note_events(rng, takes: list[dict], begin: float, end: float) -> list[dict]:
-    """An instrument: a phrase of notes on a beat, some of them held, some of them two at a time."""
+def note_events(rng, takes: list[dict], begin: float, end: float, pitches) -> list[dict]:
+    """An instrument: a phrase of notes on a beat, some of them held, some of them two at a time.
+    Always on SCALE."""
     events, beat = [], rng.uniform(0.25, 0.75)
     start = begin + rng.uniform(0, 0.3)
     while start < end - 0.2:

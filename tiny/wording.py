@@ -1,10 +1,10 @@
 """What people call a sound: the captions of the tiny world's scenes.
 
 `wording.csv` has a row for each class: its AudioSet label, how the sound fills its time (see
-`compose.draw_layer`), a noun and a verb ("a dog", "barking"), and other things that people type
-("a dog barks|barking dog|…"). A scene gets the plain caption ("dog barking") and two others, or one
-other if it has several labels: these are named by noun and verb only. So there are some thousands
-of distinct captions in all, and the states of a text encoder fit a cache.
+`compose.draw_layer`), a noun and a verb ("a dog", "barking"), and dozens of other things that
+people type ("a hound baying|woof|…"). `llm_captions.csv` has what a language model made of classes
+and of pairs of them, by the papers' prompt and filter (README.md here has the commands). A scene
+gets the plain caption ("dog barking") and some others, each in words of its own.
 """
 
 import csv
@@ -12,11 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
+HERE = Path(__file__).resolve().parent
+CAPTIONS = 6  # a scene
+# What surrounds the words for a scene's labels.
+ALONE = ("{all}", "{all}", "{all}", "{all}", "the sound of {all}", "The sound of {labels}")
+TOGETHER = ("{all}", "{all}", "{rest} with {last}", "{rest} with {last} in the background")
+TOGETHER += ("The sound of {labels}",)
+THEN = ("{rest}, then {last}", "{rest} followed by {last}", "first {rest}, then {last}")
+PLACED = {
+    "far": ("distant {all}", "{all} in the distance", "{all} far away", "{all} from afar"),
+    "hall": ("{all} in a large hall", "{all} with a long echo", "{all} with reverberation"),
+}
+
 
 def read_wording() -> dict[str, dict]:
-    """label -> {"plays", "full": "a dog barking", "plain": "dog barking", "also": [...]}."""
+    """label -> {"plays", "full": "a dog barking", "plain": "dog barking", "also": [...], and
+    "written": {labels of a scene, sorted: [captions by a language model]}}."""
     wording = {}
-    with open(Path(__file__).with_name("wording.csv"), newline="", encoding="utf-8") as file:
+    with open(HERE / "wording.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             full = f"{row['noun']} {row['verb']}"
             wording[row["label"]] = {
@@ -24,38 +37,47 @@ def read_wording() -> dict[str, dict]:
                 "full": full,
                 "plain": full.removeprefix("a ").removeprefix("an "),
                 "also": row["also"].split("|"),
+                "written": {},
             }
+    with open(HERE / "llm_captions.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            labels = tuple(row["labels"].split(";"))
+            wording[labels[0]]["written"].setdefault(labels, []).append(row["caption"])
     return wording
 
 
 def draw_captions(rng: np.random.Generator, scene: dict, wording: dict) -> list[str]:
-    """Two or three different captions of a scene (`compose.draw_scene`), the plain one first."""
+    """CAPTIONS different captions of a scene (`compose.draw_scene`), the plain one first."""
     labels = [layer["label"] for layer in scene["layers"]]
     plain = [wording[label]["plain"] for label in labels]
-    full = [wording[label]["full"] for label in labels]
-    if len(labels) == 1:
-        first, label = plain[0], labels[0]
-        if scene["place"] == "far":
-            others = [f"distant {first}", f"{full[0]} in the distance", f"{full[0]} far away"]
-        elif scene["place"] == "hall":
-            others = [f"{first} in a large hall", f"{full[0]} in a large hall"]
-            others += [f"{first} with a long echo", f"{full[0]} with reverberation"]
-        else:
-            others = [full[0], f"the sound of {full[0]}", f"The sound of {label}"]
-            others += wording[label]["also"]
-    elif scene["order"] == "then":
-        first = f"{plain[0]}, then {plain[1]}"
-        others = [f"{full[0]}, then {full[1]}", f"{full[0]} followed by {full[1]}"]
-        others += [f"first {plain[0]}, then {plain[1]}"]
+    key = tuple(sorted(labels))
+    written = wording[key[0]]["written"].get(key, [])
+    if scene["order"] == "then":
+        forms, written = THEN, []
+    elif scene["place"] != "near":
+        forms, written = PLACED[scene["place"]], []
     else:
-        first = listing(plain)
-        others = [listing(full), f"The sound of {listing(labels)}"]
-        others += [f"{listing(full[:-1])} with {plain[-1]} in the background"]
-    others = [x for x in dict.fromkeys(others) if x != first]  # "rain falling" has no article
-    count = 2 if len(labels) == 1 else 1
-    return [first, *(str(x) for x in rng.choice(others, count, replace=False))]
+        forms = ALONE if len(labels) == 1 else TOGETHER
+    captions = [f"{plain[0]}, then {plain[1]}" if scene["order"] == "then" else listing(plain)]
+    while len(captions) < CAPTIONS:
+        if written and rng.random() < 0.2:
+            caption = str(rng.choice(written))
+        else:
+            words = [say(rng, wording[label]) for label in labels]
+            parts = {"all": listing(words), "last": words[-1], "labels": ", ".join(labels)}
+            parts["rest"] = listing(words[:-1])
+            caption = str(rng.choice(forms)).format(**parts)
+        if caption not in captions:
+            captions.append(caption)
+    return captions
+
+
+def say(rng: np.random.Generator, words: dict) -> str:
+    """One of the ways to say a class."""
+    ways = [words["plain"], words["full"], *words["also"]]
+    return ways[rng.integers(len(ways))]
 
 
 def listing(words: list[str]) -> str:
     """["a", "b", "c"] -> "a, b and c"."""
-    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
