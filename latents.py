@@ -17,8 +17,7 @@ seen row by row as a picture of 128 channels, each brought to mean 0 and standar
 As in the papers, 16 kHz audio goes into the 24 kHz EnCodec without resampling, and what comes out
 is played at 16 kHz. Departures: height 24 and width 21, as in their code (the text says 21 × 24);
 codes are stored as uint16, a quarter of their 63 GB and lossless; there is a second codec that
-needs no weights, a log-mel spectrogram, sharpened across its bands, with Griffin-Lim; and rows of
-the picture may be shown with frames of their neighbours (`widen`).
+needs no weights, a log-mel spectrogram, sharpened across its bands, with Griffin-Lim.
 
     python latents.py encode AUDIO_FOLDER TABLE --out FOLDER      (torchrun: a share for each rank)
     python latents.py check FOLDER
@@ -66,17 +65,6 @@ def to_grid(z: Tensor) -> Tensor:
 def to_sequence(x: Tensor) -> Tensor:
     """[..., C, 24, 21] -> [..., C, 504], the inverse of `to_grid`."""
     return x.flatten(-2)
-
-
-def widen(x: Tensor, overlap: int) -> Tensor:
-    """[..., C, 24, 21] -> [..., C, 24, 21 + 2·overlap]: each row with the last frames of the row
-    before and the first of the row after it, zeros where there is none.
-
-    Not in the papers. Where a row ends the sound goes on, but in the grid the next frame is at the
-    other side, out of the convolutions' sight: harmonics break there.
-    """
-    frames = F.pad(to_sequence(x), (overlap, overlap))
-    return frames.unfold(-1, GRID[1] + 2 * overlap, GRID[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +223,7 @@ class EncodecCodec:
 
 
 class MelCodec:
-    """Log-mel spectrogram, 64 bands × 504 frames, and Griffin-Lim back. Needs no weights.
+    """Log-mel spectrogram, 128 bands × 504 frames, and Griffin-Lim back. Needs no weights.
 
     In the spirit of the papers' spectrogram row (P2, table 2), on EnCodec's frames. A value is
     20·log10(m + 10^(floor_db/20)), where m is the magnitude in a mel band (HTK scale) and a
@@ -245,7 +233,7 @@ class MelCodec:
     magnitudes s nearer to the mel bands (Lee & Seung, 2000: s ← s · Mᵀmel / MᵀMs).
     `benchmarks/inversion.py` has what this and other choices are worth.
 
-    Latents are these dB sharpened across the bands, C orthonormal cosines, cos(π·k·(band + ½)/64):
+    Latents are these dB sharpened across the bands, C orthonormal cosines, cos(π·k·(band + ½)/128):
 
         z = C · diag((1 + k)^tilt) · Cᵀ · dB
 
@@ -256,8 +244,8 @@ class MelCodec:
     """
 
     name = "mel"
-    channels = 64
-    stored_shape = (64, FRAMES)
+    channels = 128
+    stored_shape = (128, FRAMES)
     stored_dtype = torch.uint8
     n_fft = 1024
     fmin, fmax = 20.0, 8000.0  # Hz
@@ -270,20 +258,22 @@ class MelCodec:
         self.window = torch.hann_window(self.n_fft).to(device)
         bins = self.n_fft // 2 + 1
         mel = AF.melscale_fbanks(bins, self.fmin, self.fmax, self.channels, SAMPLE_RATE).T
-        self.mel = mel.to(device)  # [64, 513]
-        cosines = AF.create_dct(self.channels, self.channels, "ortho")  # [band, k]
-        gain = (1 + torch.arange(self.channels)) ** self.tilt
+        self.mel = mel.to(device)  # [128, 513]
+        k = torch.arange(self.channels, dtype=torch.float64)
+        cosines = torch.cos(torch.pi * k * (k[:, None] + 0.5) / self.channels)  # [band, k]
+        cosines /= cosines.norm(dim=0)  # orthonormal
+        gain = (1 + k) ** self.tilt
         # z = C · diag(gain) · Cᵀ · dB, and back
-        self.sharpen = (cosines * gain @ cosines.T).to(device)  # [64, 64]
-        self.unsharpen = (cosines / gain @ cosines.T).to(device)
+        self.sharpen = (cosines * gain @ cosines.T).float().to(device)  # [128, 128]
+        self.unsharpen = (cosines / gain @ cosines.T).float().to(device)
 
     def settings(self) -> dict:
-        names = ("name", "n_fft", "fmin", "fmax", "floor_db", "top_db", "tilt")
+        names = ("name", "channels", "n_fft", "fmin", "fmax", "floor_db", "top_db", "tilt")
         return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
-        """16 kHz in −1 … 1, [B, 161280] -> uint8 [B, 64, 504]."""
+        """16 kHz in −1 … 1, [B, 161280] -> uint8 [B, 128, 504]."""
         # In float64, so that the rounded result is the same on (nearly) every machine.
         wave = _expect(wave, CLIP_SAMPLES).to(self.device).double()
         window = self.window.double()
@@ -292,11 +282,11 @@ class MelCodec:
         magnitude = spectrum[..., :FRAMES].abs() * (2 / window.sum())  # [B, 513, 504], sine: 1
         decibel = 20 * torch.log10(self.mel.double() @ magnitude + 10 ** (self.floor_db / 20))
         steps = (decibel - self.floor_db) * (255 / (self.top_db - self.floor_db))
-        return steps.round().clamp(0, 255).to(torch.uint8)  # [B, 64, 504]
+        return steps.round().clamp(0, 255).to(torch.uint8)  # [B, 128, 504]
 
     @torch.no_grad()
     def dequantize(self, stored: Tensor) -> Tensor:
-        """uint8 [B, 64, 504] -> sharpened dB, float32 of the same shape, on its device."""
+        """uint8 [B, 128, 504] -> sharpened dB, float32 of the same shape, on its device."""
         return self.sharpen.to(stored.device) @ self.decibel(stored)
 
     def decibel(self, stored: Tensor) -> Tensor:
@@ -305,18 +295,18 @@ class MelCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Sharpened dB, [B, 64, frames] -> 16 kHz wave, float32 [B, 320·frames]; a clip has 504
+        """Sharpened dB, [B, 128, frames] -> 16 kHz wave, float32 [B, 320·frames]; a clip has 504
         frames. It starts from white noise, always the same: inside a band the magnitudes of real
         sounds rise and fall as those of noise do, where a smooth spectrum with phases 0 buzzes."""
         latents = _expect(latents, self.channels, None).to(self.device)
         decibel = (self.unsharpen @ latents).clamp(self.floor_db, self.top_db)
         decibel = F.pad(decibel, (0, 1), mode="replicate")  # frames 0 … n, the last at the end
-        mel = 10 ** (decibel / 20) - 10 ** (self.floor_db / 20)  # [B, 64, frames + 1]
+        mel = 10 ** (decibel / 20) - 10 ** (self.floor_db / 20)  # [B, 128, frames + 1]
         samples, full_scale = HOP * latents.shape[-1], self.window.sum() / 2
         noise = torch.randn(samples, generator=torch.Generator().manual_seed(0)).to(self.device)
         spectrum = self.stft(noise).expand(len(mel), -1, -1)  # [B, 513, frames + 1]
         s, phase, last = spectrum.abs() / full_scale, spectrum.sgn(), 0
-        target = self.mel.T @ mel  # M: self.mel [64, 513]
+        target = self.mel.T @ mel  # M: self.mel [128, 513]
         for _ in range(self.iterations):
             for _ in range(3):  # s ← s · Mᵀmel / MᵀMs
                 s = s * target / (self.mel.T @ (self.mel @ s) + 1e-9)
@@ -379,9 +369,9 @@ def load_codec(
     if settings.get("name") not in ("encodec", "mel"):
         raise ValueError(f"unknown codec {settings.get('name')!r}; expected encodec or mel")
     codec = EncodecCodec(weights, device) if settings["name"] == "encodec" else MelCodec(device)
-    for key, value in settings.items():
-        if codec.settings().get(key) != value:
-            what = f"{key} {value}, and this one has {codec.settings().get(key)}"
+    for key, value in codec.settings().items():
+        if len(settings) > 1 and settings.get(key) != value:
+            what = f"{key} {settings.get(key)}, and this one has {value}"
             raise ValueError(f"made with another {codec.name} codec: {what}")
     return codec
 

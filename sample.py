@@ -78,7 +78,6 @@ class Model:
     prediction: str  # what the U-Net predicts: "eps", "v" or "x0"
     guidance: float  # the scale to use when nobody says
     device: torch.device
-    overlap: int = 0  # what latents.widen does before the U-Net
 
 
 def load_model(
@@ -103,9 +102,7 @@ def load_model(
         alphas_cumprod = diffusion.shifted(alphas_cumprod, about.get("schedule_shift", 1)).to(
             device
         )
-        guidance, overlap = float(about.get("guidance", 6.5)), int(about.get("overlap", 0))
-        if not 0 <= overlap <= latents.GRID[1]:
-            raise ValueError(f"overlap {overlap}")
+        guidance = float(about.get("guidance", 6.5))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{folder}/model.json: damaged, or not of a model folder ({e!r})") from e
     encoder = TextEncoder(*text, device=device)
@@ -122,8 +119,7 @@ def load_model(
     if encoder.dim != (c.text_dim or c.cross_attention_dim):
         raise ValueError(f"{folder}: its U-Net is not for text states {encoder.dim} wide")
     unet.to(device, memory_format=torch.channels_last)
-    settings = alphas_cumprod, prediction, guidance, device, overlap
-    return Model(unet, encoder, codec, stats, *settings)
+    return Model(unet, encoder, codec, stats, alphas_cumprod, prediction, guidance, device)
 
 
 # ---- what appendix/adapt.py makes, added to a model ----------------------------------------------
@@ -185,8 +181,7 @@ def add_control(model: Model, folder: str | Path, wave: Tensor) -> None:
         raise ValueError(f"{folder}: the ControlNet of another U-Net")
     net.eval().to(model.device, memory_format=torch.channels_last)
     stored = model.codec.encode(latents.to_clips(wave).to(model.device))
-    picture = latents.widen(latents.loudness(model.codec, stored), model.overlap)  # [1, 1, 24, 21]
-    model.unet = Controlled(model.unet, net, picture)
+    model.unet = Controlled(model.unet, net, latents.loudness(model.codec, stored))
 
 
 class Controlled(nn.Module):
@@ -321,9 +316,7 @@ def generate(
             bar.update()
             if watch is not None:
                 watch(t, latents.to_sequence(x_t[:n]))
-            x_t = latents.widen(x_t, model.overlap)
-            predicted = functional_call(model.unet, weights, (x_t, t, text, mask))
-            return predicted[..., model.overlap : model.overlap + latents.GRID[1]].float()
+            return functional_call(model.unet, weights, (x_t, t, text, mask)).float()
 
         eps = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
         eps = diffusion.guided(eps, guidance, share)

@@ -15,8 +15,7 @@ that was killed goes on, from its newest checkpoint, as if nothing had happened.
 
 Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
 the weights (EMA, which is what the model folder holds), bf16 autocast, balanced sampling; and for
-the tiny model x_0-prediction with v's loss, a shifted noise schedule, rows of the grid that
-overlap, AdamW's shorter memory and more of the noisiest t, where a caption says most.
+the tiny model x_0-prediction with v's loss, a shifted noise schedule and AdamW's shorter memory.
 
     RUN/model/          the result: what sample.py --model takes
     RUN/checkpoints/    the last two; start the same command again to go on
@@ -65,7 +64,6 @@ from latents import (
     save_audio,
     to_grid,
     to_sequence,
-    widen,
     write_aside,
 )
 from unet import UNet, UNetConfig, load_config
@@ -77,7 +75,6 @@ Count = Annotated[int, "1 or more", lambda x: x >= 1]
 NotNegative = Annotated[float, "0 or more", lambda x: x >= 0]
 Positive = Annotated[float, "above 0", lambda x: x > 0]
 Share = Annotated[float, "0 to 1", lambda x: 0 <= x <= 1]
-Frames = Annotated[int, "0 to 21", lambda x: 0 <= x <= GRID[1]]
 
 
 @dataclass(frozen=True)
@@ -92,14 +89,13 @@ class Config:
     max_length: Count = 32  # tokens of a caption, padded or cut
     mask: Literal[MASKS] = "both"  # where pads are masked out
     block_out_channels: tuple[int, ...] = (128, 192, 256)  # width of each level
-    attention: tuple[bool, ...] = (False, True, True)  # a spatial transformer at this level (0, 1)
+    attention: tuple[bool, ...] = (True, True, True)  # a spatial transformer at this level (0, 1)
     layers_per_block: Count = 1  # residual blocks a level
     num_heads: Count = 4  # attention heads
     cross_attention_dim: Count = 384  # text width inside the U-Net
     prediction: Literal[diffusion.PREDICTIONS] = "x0"  # what the U-Net predicts; the papers: eps
     schedule: Literal[*diffusion.SCHEDULES] = "cosine"  # of the noise; the papers: cosine
     schedule_shift: Positive = 0.3  # its signal-to-noise ratio times shift²; the papers: 1
-    overlap: Frames = 2  # frames of its neighbours that a row of the grid is shown with
     # The optimisation
     steps: Count = 20_000  # length of the run; the learning rate follows it: it can't change later
     batch_size: Count = 8  # clips a rank and forward pass
@@ -111,7 +107,6 @@ class Config:
     clip: Positive = 1.0  # largest norm of the gradient
     ema_decay: Share = 0.9999  # of the averaged weights; less at the start of a run
     caption_dropout: Share = 0.1  # share of clips trained without a caption
-    noisy_share: Share = 0.3  # share of clips whose t is drawn from the noisiest quarter
     balanced: bool = True  # draw clips so that labels come up equally often
     frozen_steps: NotNegative = 0  # until then only conv_in, conv_out, text projection train (B.4)
     precision: Literal["bf16", "fp32"] = "bf16"  # of autocast
@@ -125,7 +120,7 @@ class Config:
     val_clips: Count = 128  # clips of the validation loss
     sample_every: NotNegative = 1000  # steps; 0: never
     sample_prompt: str = "dog barking"  # what the samples are of
-    guidance: float = 5.0  # of these samples, and what sample.py takes unless told otherwise
+    guidance: float = 3.0  # of these samples, and what sample.py takes unless told otherwise
     resume: bool = True  # go on from the run's newest checkpoint; no: set the old run aside
 
 
@@ -144,13 +139,11 @@ PRESETS = {
         cross_attention_dim=768,
         prediction="eps",
         schedule_shift=1.0,
-        overlap=0,
         steps=60_000,
         batch_size=192,
         lr=2.56e-4,
         beta2=0.999,
         warmup_steps=1000,
-        noisy_share=0.0,
         balanced=False,
         gradient_checkpointing=True,
         checkpoint_every=1000,
@@ -203,8 +196,6 @@ def draw(step: int, place: int, captions: list[str], shape: tuple, c: Config):
     if rng.random() < c.caption_dropout:
         caption = ""
     t = int(rng.integers(1000))
-    if c.noisy_share and rng.random() < c.noisy_share:
-        t = int(rng.integers(750, 1000))  # only the text says what is to be heard
     return caption, t, rng.standard_normal(shape, dtype=np.float32)
 
 
@@ -300,7 +291,7 @@ class Run:
             return UNet.from_pretrained(
                 self.init, in_channels=channels, out_channels=channels, text_dim=text_dim
             )
-        if c.block_out_channels[0] < 2 * channels and self.rank == 0:
+        if c.prediction != "x0" and c.block_out_channels[0] < 2 * channels and self.rank == 0:
             # ε has as many independent dimensions as the latent has channels.
             print(f"warning: a first level {c.block_out_channels[0]} wide can't predict well what "
                   f"has {channels} channels: use {2 * channels} or more")  # fmt: skip
@@ -370,11 +361,9 @@ class Run:
 
     def network(self, model, x_t: Tensor, *rest) -> Tensor:
         """What `model` predicts for x_t [B, 128, 24, 21], float32 of the same shape."""
-        overlap = self.c.overlap
         bf16 = self.c.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            predicted = model(widen(x_t, overlap), *rest)
-        return predicted[..., overlap : overlap + GRID[1]].float()
+            return model(x_t, *rest).float()
 
     def train_step(self, batches: list) -> dict:
         """One step of AdamW on this step's batches (one for each --accumulate)."""
@@ -515,7 +504,6 @@ class Run:
             "sample_rate": SAMPLE_RATE,
             "schedule": c.schedule,
             "schedule_shift": c.schedule_shift,
-            "overlap": c.overlap,
             "prediction": c.prediction,
             "guidance": c.guidance,
             "trained_on": {
@@ -596,7 +584,7 @@ def must_agree(subject: str, old: dict, new: dict, advice: str, who: str = "this
 def read_settings(folder: Path) -> dict:
     """What a model folder says of itself, by the names of Config, and its codec."""
     names = ("text_encoder", "max_length", "mask", "prediction", "schedule", "codec")
-    older = {"schedule_shift": 1.0, "overlap": 0, "guidance": 6.5}  # of folders that don't say
+    older = {"schedule_shift": 1.0, "guidance": 6.5}  # of folders that don't say
     if not (folder / "model.json").is_file():
         raise FileNotFoundError(f"{folder}: not a model folder (no model.json)")
     about = older | read_json(folder / "model.json", *names)

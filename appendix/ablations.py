@@ -15,7 +15,7 @@
     python -m appendix.ablations table                    what is on disk so far, as Markdown
 
 The arms of an ablation differ in one thing, but for the picture, whose network has other widths,
-and one mean and std for all bands, and no rows to overlap. Clips, t and
+and one mean and std for all bands. Clips, t and
 noise of a step are the same, and captions where these aren't compared: they come of the seed and
 step (the noise of `codes` has other channels). So is what arms start from: the U-Net of --model or,
 where another architecture is compared, random weights; there both do. "scratch" is the arm that
@@ -110,23 +110,23 @@ class NewEnds(Run):
 
 # ---- layout: the latent as a picture of one channel ----------------------------------------------
 
-# A picture of 64 × 504 is dear: its first level, as narrow as 32 groups allow, takes half as much
+# A picture of 128 × 504 is dear: its first level, as narrow as 32 groups allow, takes half as much
 # again as the whole tiny U-Net. No patches, though: they would make channels of pixels again.
 PICTURE_WIDTHS = (32, 32, 64, 128, 256)
 
 
 def to_picture(x: Tensor) -> Tensor:
-    """[B, 64, 24, 21] -> [B, 1, 64, 504]: bands down, frames across."""
+    """[B, 128, 24, 21] -> [B, 1, 128, 504]: bands down, frames across."""
     return to_sequence(x)[:, None].contiguous()
 
 
 def from_picture(picture: Tensor) -> Tensor:
-    """[B, 1, 64, 504] -> [B, 64, 24, 21], the inverse of `to_picture`."""
+    """[B, 1, 128, 504] -> [B, 128, 24, 21], the inverse of `to_picture`."""
     return to_grid(picture[:, 0])
 
 
 class PictureUNet(UNet):
-    """A U-Net that sees a latent [B, 64, 24, 21] as a picture [B, 1, 64, 504], as AudioLDM's does
+    """A U-Net that sees a latent [B, 128, 24, 21] as a picture [B, 1, 128, 504], as AudioLDM's does
     ("the typical one or three channels"). Only the network knows: noise and loss are the same."""
 
     def forward(self, x_t: Tensor, *rest) -> Tensor:
@@ -248,16 +248,16 @@ class Codes:
         return {"name": self.name, "sha256": digest}
 
     def encode(self, wave: Tensor) -> Tensor:
-        """[B, 161280] -> uint8 [B, 64, 504]: what is stored is the mel itself."""
+        """[B, 161280] -> uint8 [B, 128, 504]: what is stored is the mel itself."""
         return self.mel.encode(wave)
 
     def frames(self, stored: Tensor) -> Tensor:
-        """uint8 [B, 64, 504] -> normalised mel frames [B·504, 64]."""
+        """uint8 [B, 128, 504] -> normalised mel frames [B·504, 128]."""
         return self.stats.normalize(self.mel.dequantize(stored)).transpose(1, 2).flatten(0, 1)
 
     @torch.no_grad()
     def dequantize(self, stored: Tensor) -> Tensor:
-        """uint8 [B, 64, 504] -> codes as numbers, float32 [B, 8, 504]."""
+        """uint8 [B, 128, 504] -> codes as numbers, float32 [B, 8, 504]."""
         codes = quantize(self.frames(stored), self.codebooks)  # [B·504, 8]
         return codes.unflatten(0, (len(stored), -1)).transpose(1, 2).float()
 
@@ -265,7 +265,7 @@ class Codes:
     def decode(self, latents: Tensor) -> Tensor:
         """Numbers [B, 8, frames], rounded to codes -> 16 kHz wave [B, 320·frames]."""
         codes = latents.to(self.mel.device).round().clamp(0, self.codebooks.shape[1] - 1).long()
-        frames = lookup(codes.transpose(1, 2), self.codebooks)  # [B, frames, 64]
+        frames = lookup(codes.transpose(1, 2), self.codebooks)  # [B, frames, 128]
         return self.mel.decode(self.stats.denormalize(frames.transpose(1, 2)))
 
 
@@ -290,7 +290,7 @@ class DiscreteCodes(Run):
         rng = np.random.default_rng(0)
         clips = np.sort(rng.choice(self.clips, min(self.clips, 512), replace=False))
         mels = Codes(self.codec, self.stats, torch.zeros(0))
-        x = mels.frames(self.data.stored(clips).to(self.device))  # [N, 64]
+        x = mels.frames(self.data.stored(clips).to(self.device))  # [N, 128]
         x = x[torch.from_numpy(rng.permutation(len(x))[: 40 * ENTRIES]).to(self.device)]
         codebooks = residual_kmeans(x, BOOKS, ENTRIES)
         codes = quantize(x, codebooks)
@@ -389,7 +389,7 @@ ARMS = {
     "all-layers": Arm(NewEnds),
     "frozen-first": Arm(NewEnds, frozen=5_000 / 60_000),  # as many of the steps as the papers'
     "scratch": Arm(warm=False),
-    "picture": Arm(Picture, {"overlap": 0}, warm=False),  # it has no rows that end
+    "picture": Arm(Picture, warm=False),
     "concatenated": Arm(Concatenated, warm=False),
     "codes": Arm(DiscreteCodes, warm=False),
     "labels": Arm(OtherCaptions, {"captions": "labels"}),
@@ -528,7 +528,7 @@ def trained(c: Config, kind: type[Run]) -> sample.Model:
     run = kind(c)
     run.ema.load_state_dict(load_weights(Path(c.out) / "model" / "unet"))
     parts = run.ema.eval(), run.encoder, run.codec, run.stats, run.alphas_cumprod
-    return sample.Model(*parts, c.prediction, c.guidance, run.device, c.overlap)
+    return sample.Model(*parts, c.prediction, c.guidance, run.device)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -195,7 +195,6 @@ class Control(Beside):
 
     def loss(self, model, stored, captions, t, noise) -> Tensor:
         picture = latents.loudness(self.codec, stored.to(self.device))  # [B, 1, 24, 21]
-        picture = latents.widen(picture, self.c.overlap)
 
         def controlled(*batch) -> Tensor:
             return self.base(*batch, control=model(picture, *batch))

@@ -49,7 +49,7 @@ class Variant(MelCodec):
         super().__init__()
 
     def mel_of(self, wave: Tensor) -> Tensor:
-        """[B, samples] -> dB, [B, 64, frames], in steps as stored."""
+        """[B, samples] -> dB, [B, 128, frames], in steps as stored."""
         magnitude = self.stft(wave)[..., :-1].abs() / (self.window.sum() / 2)
         mel = (self.mel @ magnitude**self.power) ** (1 / self.power)
         step = (self.top_db - self.floor_db) / 255

@@ -109,7 +109,6 @@ def prepare(folder: Path, preset: str, clips: int) -> train.Config:
         mask="none",
         prediction="eps",
         schedule_shift=1.0,
-        overlap=0,
         balanced=False,
         val_clips=1,
         gradient_checkpointing=False,

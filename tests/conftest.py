@@ -67,9 +67,9 @@ def save_model(folder):
     """A random model folder: mel codec, v, and the text encoder of `save_bert` beside it."""
     torch.manual_seed(0)
     save_bert(folder.parent / "bert")
-    config = UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 48, 32)
+    config = UNetConfig(128, 128, (32, 32), (False, True), 1, 4, 48, 32)
     UNet(config).save_pretrained(folder / "unet")
-    stats = LatentStats(torch.full((64,), -40.0).double(), torch.full((64,), 9.0).double(), 1)
+    stats = LatentStats(torch.full((128,), -40.0).double(), torch.full((128,), 9.0).double(), 1)
     stats.save(folder / "latent_stats.safetensors")
     about = {"text_encoder": str(folder.parent / "bert"), "max_length": 32}
     about |= {"mask": "cross-attention", "codec": MelCodec().settings(), "sample_rate": 16_000}

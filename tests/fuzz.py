@@ -284,7 +284,7 @@ def read_data(name: str) -> None:
 
 
 def tiny_unet() -> UNet:
-    return UNet(UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 32, 32))
+    return UNet(UNetConfig(128, 128, (32, 32), (False, True), 1, 4, 32, 32))
 
 
 def make_targets(root: Path) -> dict[str, Target]:
@@ -292,12 +292,11 @@ def make_targets(root: Path) -> dict[str, Target]:
     torch.manual_seed(0)
     save_bert(root / "bert")
     tiny_unet().save_pretrained(root / "model/unet")
-    LatentStats(torch.zeros(64).double(), torch.ones(64).double(), 9).save(
+    LatentStats(torch.zeros(128).double(), torch.ones(128).double(), 9).save(
         root / "model/latent_stats.safetensors"
     )
     about = {"text_encoder": str(root / "bert"), "max_length": 24, "mask": "none", "guidance": 3}
     about |= {"codec": MelCodec().settings(), "schedule": "cosine", "schedule_shift": 0.5}
-    about["overlap"] = 1
     (root / "model/model.json").write_text(json.dumps(about | {"prediction": "x0"}))
     model = sample.load_model(root / "model")
     options = "--steps 1 --precision fp32 --out out".split()
@@ -415,7 +414,7 @@ def make_targets(root: Path) -> dict[str, Target]:
         "text encoder": Target(bert, use_encoder),
         "statistics": Target(
             {"s.safetensors": model.stats.to_bytes()},
-            lambda name: LatentStats.load(f"in/{name}").normalize(torch.zeros(1, 64, 504)),
+            lambda name: LatentStats.load(f"in/{name}").normalize(torch.zeros(1, 128, 504)),
         ),
         "embedding": Target({"e.safetensors": words}, add(sample.add_embedding)),
         "LoRA": Target({"l.safetensors": lora}, add(sample.add_lora)),

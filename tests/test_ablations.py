@@ -91,7 +91,7 @@ def test_arms_see_the_same_clips_and_noise_and_learn(ablation, names, begin):
         assert other[0] == indices and torch.equal(other[2], stored) and torch.equal(other[3], t)
         assert (other[1] == captions) == (ablation != "captions")
         if name == "codes":
-            assert noise.shape[1:] == (64, 24, 21) and other[4].shape[1:] == (8, 24, 21)
+            assert noise.shape[1:] == (128, 24, 21) and other[4].shape[1:] == (8, 24, 21)
         else:
             assert torch.equal(other[4], noise)
     for run in runs:
@@ -171,9 +171,9 @@ def test_both_arms_of_freezing_have_the_same_new_ends(begin):
 
 
 def test_the_picture_round_trips():
-    x = torch.randn(2, 64, 24, 21)
+    x = torch.randn(2, 128, 24, 21)
     picture = ablations.to_picture(x)
-    assert picture.shape == (2, 1, 64, 504)
+    assert picture.shape == (2, 1, 128, 504)
     assert picture[1, 0, 5, 21 * 3 + 4] == x[1, 5, 3, 4]  # band 5, frame 67
     assert torch.equal(ablations.from_picture(picture), x)
 
@@ -182,14 +182,13 @@ def test_the_picture_network_sees_one_channel(begin, monkeypatch):
     run = begin("picture")
     config = run.unet.config
     assert (config.in_channels, config.out_channels) == (1, 1)
-    assert run.c.overlap == 0 and begin("scratch").c.overlap == train.Config().overlap > 0
-    x_t, t, text = torch.randn(1, 64, 24, 21), torch.tensor([500]), torch.randn(1, 16, 32)
+    x_t, t, text = torch.randn(1, 128, 24, 21), torch.tensor([500]), torch.randn(1, 16, 32)
     plain = UNet(config)
     plain.load_state_dict(run.unet.state_dict())
     with torch.no_grad():
         out = run.unet(x_t, t, text)
-        expected = plain(ablations.to_picture(x_t), t, text)  # [1, 1, 64, 504]
-    assert out.shape == (1, 64, 24, 21)
+        expected = plain(ablations.to_picture(x_t), t, text)  # [1, 1, 128, 504]
+    assert out.shape == (1, 128, 24, 21)
     torch.testing.assert_close(out, to_grid(expected[:, 0]))
     # One mean and one std for all bands, and normalised with them the data have 0 and 1.
     z = run.codec.dequantize(run.data.stored(range(24)))
@@ -285,7 +284,7 @@ def test_the_codes_arm(begin, tmp_path, capsys):
     again = begin("codes")  # from the file
     assert "the codes leave" not in capsys.readouterr().out
     assert again.codec.settings() == run.codec.settings()
-    assert run.codec.encode(torch.zeros(1, 161_280)).shape == (1, 64, 504)
+    assert run.codec.encode(torch.zeros(1, 161_280)).shape == (1, 128, 504)
     assert torch.equal(again.stats.std, run.stats.std)
     run.save_model()
     with pytest.raises(ValueError, match="unknown codec 'mel-codes'"):

@@ -29,5 +29,5 @@ def test_every_variant_is_another_sound_of_the_same_size():
 def test_only_noise_varies_as_noise_does():
     """Smooth magnitudes buzz; without phases, a sound of pulses fits a smooth spectrum."""
     assert abs(varies(Variant()) - 0.523) < 0.03
-    assert varies(Variant(start="random", together=False)) < 0.3
-    assert varies(Variant(start="zero")) > 1
+    assert varies(Variant(start="random", together=False)) < 0.35  # noise: 0.523
+    assert varies(Variant(start="zero")) > 0.8

@@ -85,10 +85,10 @@ def test_end_to_end(recordings, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(evaluate.embed.__wrapped__.__kwdefaults__, "cache", tmp_path / "cache")
     torch.manual_seed(0)
     codec = MelCodec()
-    UNet(UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 32, 384)).save_pretrained(
+    UNet(UNetConfig(128, 128, (32, 32), (False, True), 1, 4, 32, 384)).save_pretrained(
         tmp_path / "model" / "unet"
     )
-    stats = LatentStats(torch.full((64,), -60.0).double(), torch.ones(64).double(), 1)
+    stats = LatentStats(torch.full((128,), -60.0).double(), torch.ones(128).double(), 1)
     stats.save(tmp_path / "model" / "latent_stats.safetensors")
     about = {"text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "max_length": 8}
     about |= {"mask": "both", "codec": codec.settings(), "sample_rate": 16_000, "guidance": 2.0}

@@ -116,8 +116,8 @@ def test_efficiency(tmp_path, quick_sounds, capsys):
     found = {line[:24].strip(): line[24:] for line in lines}
     unet = load_file(tmp_path / "model/unet/diffusion_pytorch_model.safetensors")
     assert found["U-Net parameters"] == f"{sum(x.numel() for x in unet.values()):,}"
-    assert found["bytes a clip on disk"] == "32,256"  # 64 bands × 504 frames of uint8
-    assert found["codec"] == "mel" and found["latent"] == "64 × 24 × 21"
+    assert found["bytes a clip on disk"] == "64,512"  # 128 bands × 504 frames of uint8
+    assert found["codec"] == "mel" and found["latent"] == "128 × 24 × 21"
     assert 0 < float(found["seconds a clip"]) < 60 and 0.1 < float(found["peak memory, GiB"]) < 20
     assert found["device"].startswith("cpu, ")
 

@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
     torch.manual_seed(0)
     save_bert(root / "bert")
     for prediction in ("v", "eps", "x0"):
-        unet = UNet(UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 48, 32))
+        unet = UNet(UNetConfig(128, 128, (32, 32), (False, True), 1, 4, 48, 32))
         for name, p in unet.named_parameters():
             if "attn2.to_out" in name:
                 p.data *= 20  # what a random network makes of its text is next to nothing
@@ -226,22 +226,6 @@ def test_weights_are_cast_to_bf16_once(model, precision):
     assert len(network.seen) == 4 and len(set(map(id, network.seen))) == 1
     assert network.seen[0].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
     assert network.linear.weight.dtype == torch.float32
-
-
-def test_rows_are_shown_with_their_neighbours(model):
-    class Tanh(nn.Module):
-        def forward(self, x_t, t, text, mask):
-            return x_t.tanh()
-
-    network = Recorder()
-    wide = replace(as_latents(model), unet=network, overlap=3)
-    generate(wide, ["dog"], steps=3)
-    x_t = network.calls[0][0]
-    assert x_t.shape == (2, CHANNELS, 24, 27)
-    assert torch.equal(x_t[:, :, 1:, :6], x_t[:, :, :-1, -6:])
-    each_frame_alone = replace(wide, unet=Tanh())
-    without = replace(each_frame_alone, overlap=0)
-    assert torch.equal(generate(each_frame_alone, ["dog"]), generate(without, ["dog"]))
 
 
 def test_noise_depends_on_seed_and_number_alone(model):
@@ -850,7 +834,6 @@ def spoil_stats(folder, channels):
 
 SPOILED = {
     "shift": (lambda f: edit(f, schedule_shift="a lot"), "model.json: damaged"),
-    "overlap": (lambda f: edit(f, overlap=-1), "model.json: damaged"),
     "no folder": (shutil.rmtree, "not a model folder"),
     "no model.json": (lambda f: (f / "model.json").unlink(), "not a model folder"),
     "no unet": (lambda f: shutil.rmtree(f / "unet"), "no U-Net there"),
@@ -882,7 +865,7 @@ SPOILED = {
         "don't fit together",
     ),
     "other text": (
-        lambda f: UNet(UNetConfig(64, 64, (32, 32), (False, True), 1, 4, 48, 40)).save_pretrained(
+        lambda f: UNet(UNetConfig(128, 128, (32, 32), (False, True), 1, 4, 48, 40)).save_pretrained(
             f / "unet"
         ),
         "not for text states 32 wide",
@@ -908,7 +891,7 @@ def test_wrong_shape_in_the_weights(fails, folders, here):
     state["conv_in.weight"] = state["conv_in.weight"][:, :3].contiguous()
     save_file(state, here / "model" / WEIGHTS)
     message = fails("dog", "--model", "model")
-    assert "conv_in.weight is [32, 3, 3, 3], not [32, 64, 3, 3]" in message
+    assert "conv_in.weight is [32, 3, 3, 3], not [32, 128, 3, 3]" in message
 
 
 @pytest.mark.parametrize(

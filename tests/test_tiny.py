@@ -2,12 +2,13 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from evaluate import CLASSIFIER, Cnn14
+from evaluate import CLASSIFIER, Cnn14, file_sha256
 from latents import to_grid
 from sample import generate, load_model
 from tiny.compose import Recordings, compose_scene
@@ -46,7 +47,19 @@ def test_the_folder_describes_itself():
     about = json.loads((TINY / "model" / "model.json").read_text())
     assert about["prediction"] == "x0" and about["codec"]["name"] == "mel"
     weights = TINY / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    assert weights.stat().st_size < 50e6
+    assert file_sha256(weights).startswith("bd013a2ee702d0e5")
+
+
+@pytest.mark.parametrize("change", [{"channels": 64}, {"channels": None}, {"tilt": 0.0}])
+def test_folders_of_another_codec_are_refused(change, tmp_path):
+    """Such as those of the time when the mel codec had 64 bands and didn't say so."""
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.json"
+    about = json.loads(path.read_text())
+    about["codec"] = {k: v for k, v in (about["codec"] | change).items() if v is not None}
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"another mel codec: {next(iter(change))} .*, and this"):
+        load_model(tmp_path / "model")
 
 
 def test_latents_have_the_size_of_real_ones(model, waves):
