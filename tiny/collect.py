@@ -12,8 +12,9 @@ resources (.rcc), the samples of soundfonts (.sf2), OpenTTD's (.cat) and OpenClo
 soundfont's note is its sample, sustained on the sample's own loop with a decay.
 
 Rows whose package is `synthesis` are not recordings: where physics allows an honest imitation
-(rain, waves, sirens, clocks, telephones, applause) the functions at the end of this file
-make them from a seed, and the column `synthetic` says so.
+(rain, waves, sirens, clocks, telephones, applause, bells, car horns, crickets, owls, hooves,
+breaking glass) the functions at the end of this file make them from a seed, and the column
+`synthetic` says so.
 
     python tiny/collect.py --packages /tmp/packages            # all of them: 4 GB of downloads
     python tiny/collect.py --packages /tmp/packages --only Dog # one class
@@ -255,7 +256,7 @@ def smooth(rng: np.random.Generator, n: int, seconds: float) -> np.ndarray:
 
 def add(wave: np.ndarray, at: int, event: np.ndarray) -> None:
     end = min(len(wave), at + len(event))
-    wave[at:end] += event[: end - at]
+    wave[at:end] += event[: max(0, end - at)]
 
 
 def rain(rng: np.random.Generator, seconds: float) -> np.ndarray:
@@ -379,6 +380,164 @@ def applause(rng: np.random.Generator, seconds: float) -> np.ndarray:
     return wave
 
 
+def ring(t: np.ndarray, modes: np.ndarray, levels: np.ndarray, decays: np.ndarray) -> np.ndarray:
+    """What a struck body does: sines that die away, each within a time of its own."""
+    parts = zip(modes, levels, decays, strict=True)
+    return sum(a * np.sin(2 * np.pi * f * t) * np.exp(-t / d) for f, a, d in parts if f < 7800)
+
+
+def bell(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """A church bell (hum, prime, tierce, quint, nominal …), a hand bell or a tubular one."""
+    n = int(seconds * SAMPLE_RATE)
+    kind = rng.choice(["church", "church", "hand", "tube"])
+    if kind == "church":
+        ratios = np.array([0.5, 1, 1.2, 1.5, 2, 2.52, 2.67, 3, 4, 5.35])
+        base, longest, gap = rng.uniform(180, 650), rng.uniform(2, 5), rng.uniform(1.1, 2.4)
+    elif kind == "hand":
+        ratios = np.array([1, 3, 3.9, 5.4, 7.2])
+        base, longest, gap = rng.uniform(600, 1500), rng.uniform(0.5, 1.5), rng.uniform(0.22, 0.5)
+    else:
+        ratios = (np.arange(1, 9) + 0.5) ** 2 / 20.25  # a free tube: the fourth is half the pitch
+        base, longest, gap = rng.uniform(250, 700), rng.uniform(1, 2.5), rng.uniform(0.7, 1.6)
+    ratios = ratios * rng.uniform(0.99, 1.01, len(ratios))
+    modes = base * np.concatenate([ratios, ratios * rng.uniform(1.0005, 1.004, len(ratios))])
+    levels = rng.uniform(0.3, 1, len(ratios))  # each mode is a pair, a little apart: it beats
+    levels = np.concatenate([levels, levels * rng.uniform(0.2, 0.7)])
+    decays = longest / np.maximum(np.tile(ratios / ratios[0], 2), 1) ** rng.uniform(0.6, 1)
+    wave = 0.0005 * noise(rng, n, 80, 4000, 3)
+    length = min(n, int(6 * longest * SAMPLE_RATE))
+    t = np.arange(length) / SAMPLE_RATE
+    at = 0.02
+    while at < seconds - 0.3:
+        hard = rng.uniform(0.5, 1)  # a hard stroke is a bright one
+        tilt = (modes / modes[0]) ** (hard - 1)
+        clapper = noise(rng, length, 800, 7500, 2) * np.exp(-t / 0.003)
+        strike = ring(t, modes, levels * tilt, decays) + 0.15 * clapper
+        add(wave, int(at * SAMPLE_RATE), hard * strike)
+        if rng.random() < 0.15:
+            break
+        at += gap * rng.uniform(0.95, 1.05)
+    return wave
+
+
+def horn(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """A car's two diaphragm horns, about a third apart, honked once or several times."""
+    n = int(seconds * SAMPLE_RATE)
+    t = np.arange(n) / SAMPLE_RATE
+    low = rng.uniform(290, 480)
+    tones = [low, low * rng.uniform(1.18, 1.27)][: rng.choice([1, 2, 2, 2])]
+    center, width = rng.uniform(1400, 3000), rng.uniform(0.5, 0.9)
+    bite = np.zeros(n)
+    at = 0.02
+    while at < seconds - 0.2:
+        length = rng.choice([0.18, 0.3, 0.8, 1.6]) * rng.uniform(0.8, 1.2)
+        bite += np.clip((t - at) / 0.012, 0, 1) * np.clip((at + length - t) / 0.03, 0, 1)
+        at += length + rng.uniform(0.12, 0.6)
+    bite = np.clip(bite, 0, 1)
+    wave = np.zeros(n)
+    for f in tones:
+        pitch = f * (0.97 + 0.03 * bite) * (1 + 0.002 * (smooth(rng, n, 0.1) - 0.5))
+        angle = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
+        for k in range(1, int(7600 / f)):
+            level = k**-0.7 + 1.2 * np.exp(-((np.log2(k * f / center) / width) ** 2))
+            wave += level * rng.uniform(0.6, 1) * np.sin(k * angle + rng.uniform(0, 6))
+    wave *= bite
+    echo = np.zeros(n)
+    for delay in rng.uniform(0.01, 0.3, 8):
+        add(echo, int(delay * SAMPLE_RATE), rng.uniform(0.05, 0.2) * wave * np.exp(-4 * delay))
+    return wave + echo + 0.01 * wave.std() * noise(rng, n, 60, 4000, 4)
+
+
+def cricket(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """Wings that scrape: pulses of one high tone, in chirps of a few or in a trill without end."""
+    n = int(seconds * SAMPLE_RATE)
+    wave = 0.01 * noise(rng, n, 100, 5000, 3)
+    for i in range(rng.integers(1, 5)):
+        carrier, level = rng.uniform(3000, 5400), 1 if i == 0 else rng.uniform(0.1, 0.5)
+        pulse, pulses = rng.uniform(0.018, 0.035), rng.integers(2, 6)
+        rest = 0 if rng.random() < 0.3 else rng.uniform(0.15, 0.7)
+        length = int(0.6 * pulse * SAMPLE_RATE)
+        t = np.arange(length) / SAMPLE_RATE
+        at = rng.random() * 0.5
+        while at < seconds:
+            for k in range(pulses):
+                f = carrier * (1 - 0.03 * t / t[-1])
+                shape = np.sin(np.pi * (t / t[-1]) ** 0.7) * (0.6 + 0.4 * k / pulses)
+                tone = np.sin(2 * np.pi * f * t) + 0.05 * np.sin(4 * np.pi * min(carrier, 3800) * t)
+                add(wave, int((at + k * pulse) * SAMPLE_RATE), level * shape * tone)
+            at += pulses * pulse + rest * rng.uniform(0.85, 1.15)
+    return wave
+
+
+def owl(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """Hoots: a soft, nearly pure tone that rises and falls a little, with breath around it."""
+    n = int(seconds * SAMPLE_RATE)
+    wave = 0.003 * noise(rng, n, 80, 3000, 4)
+    base, rhythm = rng.uniform(280, 520), [(0.25, 0.15), (0.12, 0.08), (0.12, 0.1), (0.5, 0.4)]
+    rhythm = [rhythm, rhythm[1:], [(0.4, 0.5)], [(0.35, 0.25), (0.6, 0.4)]][rng.integers(4)]
+    speed, quaver = rng.uniform(0.8, 1.3), rng.choice([0, 0, 0.04])
+    at = 0.05
+    while at < seconds - 0.3:
+        for length, rest in rhythm:
+            count = int(length * speed * SAMPLE_RATE)
+            x = np.linspace(0, 1, count)
+            glide = 1 + 0.08 * np.sin(np.pi * x) - 0.06 * x + quaver * np.sin(2 * np.pi * 9 * x)
+            angle = 2 * np.pi * np.cumsum(base * glide * rng.uniform(0.99, 1.01)) / SAMPLE_RATE
+            tone = np.sin(angle) + 0.12 * np.sin(2 * angle + 1) + 0.04 * np.sin(3 * angle)
+            breath = 0.06 * noise(rng, count, base * 0.7, base * 1.6)
+            add(wave, int(at * SAMPLE_RATE), np.sin(np.pi * x**0.8) ** 0.8 * (tone + breath))
+            at += (length + rest) * speed
+        at += rng.uniform(0.8, 2)
+    echo = np.zeros(n)
+    for delay in rng.uniform(0.05, 0.4, 6):  # the edge of a wood
+        add(echo, int(delay * SAMPLE_RATE), 0.08 * wave)
+    return wave + echo
+
+
+def hooves(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """Four hooves on a hard road: knocks of the hollow hoof, in walk, trot or canter."""
+    n = int(seconds * SAMPLE_RATE)
+    wave = 0.001 * noise(rng, n, 80, 4000, 3)
+    beats, stride = (
+        ((0, 0.25, 0.5, 0.75), rng.uniform(0.9, 1.2)),
+        ((0, 0.02, 0.5, 0.52), rng.uniform(0.6, 0.8)),
+        ((0, 0.22, 0.25, 0.45), rng.uniform(0.5, 0.65)),
+    )[rng.integers(3)]
+    length = int(0.15 * SAMPLE_RATE)
+    t = np.arange(length) / SAMPLE_RATE
+    center = rng.uniform(600, 1300)
+    hoofs = [center * rng.uniform(0.8, 1.25) * np.array([1, 1.7, 2.6, 4.1]) for _ in range(4)]
+    at = 0.03
+    while at < seconds:
+        for beat, modes in zip(beats, hoofs, strict=True):
+            knock = ring(t, modes, np.array([1, 0.7, 0.4, 0.25]), np.array([16, 11, 7, 4]) / 1e3)
+            knock += 0.5 * noise(rng, length, 400, 6000, 3) * np.exp(-t / 0.004)
+            knock += 0.06 * noise(rng, length, 300, 5000, 3) * np.exp(-t / 0.04)  # the street
+            when = at + stride * beat + rng.normal(0, 0.008)
+            add(wave, int(when * SAMPLE_RATE), rng.uniform(0.6, 1) * knock)
+        at += stride * rng.uniform(0.97, 1.03)
+    return wave
+
+
+def shatter(rng: np.random.Generator, seconds: float) -> np.ndarray:
+    """A blow, the crack of a pane, and its shards, each ringing high and briefly where it falls."""
+    n = int(seconds * SAMPLE_RATE)
+    t = np.arange(n) / SAMPLE_RATE
+    wave = noise(rng, n, 200, 7800, 1) * np.exp(-t / rng.uniform(0.008, 0.03))
+    t = t[: int(0.25 * SAMPLE_RATE)]
+    late = rng.uniform(0.1, 0.35)
+    for _ in range(rng.integers(60, 250)):
+        at = rng.exponential(late)
+        modes = rng.uniform(1800, 5000) * np.array(
+            [1, rng.uniform(1.2, 1.7), rng.uniform(1.8, 2.7)]
+        )
+        shard = ring(t, modes, rng.uniform(0.2, 1, 3), rng.uniform(0.004, 0.05, 3))
+        shard += 0.5 * noise(rng, len(t), 2000, 7800) * np.exp(-t / 0.002)
+        if at < seconds:
+            add(wave, int(at * SAMPLE_RATE), 0.5 * rng.lognormal(-1, 0.7) * shard * np.exp(-at))
+    return wave
+
+
 SYNTHESIS = {
     "rain": rain,
     "waves": waves,
@@ -386,6 +545,12 @@ SYNTHESIS = {
     "clock": clock,
     "telephone": telephone,
     "applause": applause,
+    "bell": bell,
+    "horn": horn,
+    "cricket": cricket,
+    "owl": owl,
+    "hooves": hooves,
+    "shatter": shatter,
 }
 
 
