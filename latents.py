@@ -365,13 +365,14 @@ def load_codec(
 
     `weights`: where EnCodec's are, see there. ValueError if they aren't those of the settings.
     """
-    settings = {"name": settings} if isinstance(settings, str) else settings
-    if settings.get("name") not in ("encodec", "mel"):
-        raise ValueError(f"unknown codec {settings.get('name')!r}; expected encodec or mel")
-    codec = EncodecCodec(weights, device) if settings["name"] == "encodec" else MelCodec(device)
-    for key, value in codec.settings().items():
-        if len(settings) > 1 and settings.get(key) != value:
-            what = f"{key} {settings.get(key)}, and this one has {value}"
+    name = settings if isinstance(settings, str) else settings.get("name")
+    if name not in ("encodec", "mel"):
+        raise ValueError(f"unknown codec {name!r}; expected encodec or mel")
+    codec = EncodecCodec(weights, device) if name == "encodec" else MelCodec(device)
+    mine = codec.settings()
+    for key in mine | settings if isinstance(settings, dict) else ():
+        if settings.get(key) != mine.get(key):
+            what = f"{key} {settings.get(key)}, and this one has {mine.get(key)}"
             raise ValueError(f"made with another {codec.name} codec: {what}")
     return codec
 

@@ -20,8 +20,8 @@ noise of a step are the same, and captions where these aren't compared: they com
 step (the noise of `codes` has other channels). So is what arms start from: the U-Net of --model or,
 where another architecture is compared, random weights; there both do. "scratch" is the arm that
 layout, text and codes have in common: trained once. Compute is equal in steps. A step is dearer for
-the picture, which has 64 times as many pixels: its U-Net, though narrower, takes 4 times as many
-multiplications, and on a CPU core 6 times as long to train, 10 times as long to sample from.
+the picture, which has 128 times as many pixels: its U-Net, though narrower, takes 5 times as many
+multiplications.
 
 The warm start has been trained masked, and on the data's wording: it favours these arms.
 
@@ -110,8 +110,8 @@ class NewEnds(Run):
 
 # ---- layout: the latent as a picture of one channel ----------------------------------------------
 
-# A picture of 128 × 504 is dear: its first level, as narrow as 32 groups allow, takes half as much
-# again as the whole tiny U-Net. No patches, though: they would make channels of pixels again.
+# A picture of 128 × 504 is dear, so its first levels are as narrow as 32 groups allow. No patches,
+# though: they would make channels of pixels again.
 PICTURE_WIDTHS = (32, 32, 64, 128, 256)
 
 
@@ -143,7 +143,7 @@ class Picture(Run):
             torch.full_like(std, mean), torch.full_like(std, pooled), self.stats.count
         )
         last = len(PICTURE_WIDTHS) - 1
-        attention = tuple(i == last for i in range(last + 1))  # of 4 × 32 pixels
+        attention = tuple(i == last for i in range(last + 1))  # of 8 × 32 pixels
         config = super().make_unet().config
         config = replace(config, block_out_channels=PICTURE_WIDTHS, attention=attention)
         return PictureUNet(replace(config, in_channels=1, out_channels=1))

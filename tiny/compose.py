@@ -184,12 +184,13 @@ def draw_layer(
     takes = sources[pick(rng, sorted(sources))]
     if rng.random() < 0.4:
         takes = [pick(rng, takes)]  # the same bark again and again
+    repeated = functools.partial(repeated_events, pitches=recordings.pitches)
     events = {
-        "texture": texture_events,
+        "texture": functools.partial(texture_events, pitches=recordings.pitches),
         "notes": note_events,
-        "calls": functools.partial(repeated_events, longest=1.2, jitter=0.7),
-        "beats": functools.partial(repeated_events, longest=0.3, jitter=0.1),
-    }[recordings.wording[label]["plays"]](rng, takes, begin, end, pitches=recordings.pitches)
+        "calls": functools.partial(repeated, longest=1.2, jitter=0.7),
+        "beats": functools.partial(repeated, longest=0.3, jitter=0.1),
+    }[recordings.wording[label]["plays"]](rng, takes, begin, end)
     shelves = {"low_db": uniform(rng, -6, 4), "high_db": uniform(rng, -6, 4)}
     return {"label": label, "gain_db": 0.0, **shelves, "cutoff": None, "events": events}
 
@@ -228,9 +229,8 @@ def repeated_events(
     return events
 
 
-def note_events(rng, takes: list[dict], begin: float, end: float, pitches) -> list[dict]:
-    """An instrument: a phrase of notes on a beat, some of them held, some of them two at a time.
-    Always on SCALE."""
+def note_events(rng, takes: list[dict], begin: float, end: float) -> list[dict]:
+    """An instrument: a phrase of notes on a beat, some of them held, some of them two at a time."""
     events, beat = [], rng.uniform(0.25, 0.75)
     start = begin + rng.uniform(0, 0.3)
     while start < end - 0.2:

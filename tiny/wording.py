@@ -3,8 +3,8 @@
 `wording.csv` has a row for each class: its AudioSet label, how the sound fills its time (see
 `compose.draw_layer`), a noun and a verb ("a dog", "barking"), and dozens of other things that
 people type ("a hound baying|woof|…"). `llm_captions.csv` has what a language model made of classes
-and of pairs of them, by the papers' prompt and filter (README.md here has the commands). A scene
-gets the plain caption ("dog barking") and some others, each in words of its own.
+and of pairs of them, by the papers' prompt (README.md here). A scene gets the plain caption ("dog
+barking") and some others, each in words of its own.
 """
 
 import csv
