@@ -11,13 +11,12 @@ Salimans 2021), v-prediction (Salimans and Ho 2022), x_0-prediction (Li and He 2
     x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε                         the forward process
     v_t = √ᾱ_t·ε − √(1−ᾱ_t)·x_0                         what a v-predicting network is trained on
 
-A sampler walks from x_T, pure noise, to x_0. It is one function with one loop:
+A sampler walks from x_T, pure noise, to x_0: one function with one loop,
 
     x_0 = pndm(eps_model, x_T, alphas_cumprod, steps)   where eps_model(x_t, t: int) → ε
 
-and knows neither text nor guidance nor what the network predicts: those are wrapped around the
-network first (`guided`, `predicts_eps`). Departures from the papers, as options: networks that
-predict v or x_0, and `shifted` schedules.
+It knows neither text nor guidance nor what the network predicts: those are wrapped around the
+network first (`guided`, `predicts_eps`). Not in the papers: predictions of v and x_0, `shifted`.
 """
 
 import math
@@ -28,10 +27,7 @@ from torch import Tensor
 
 PREDICTIONS = ("eps", "v", "x0")  # what a network may be trained to predict
 EpsModel = Callable[[Tensor, int], Tensor]  # (x_t [B, C, H, W], t) -> eps [B, C, H, W]
-Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all, or one a sample
-
-
-# ---- schedules -----------------------------------------------------------------------------------
+Generators = Sequence[torch.Generator] | None  # one a sample
 
 
 def cosine_alphas_cumprod(
@@ -60,17 +56,11 @@ SCHEDULES = {"cosine": cosine_alphas_cumprod, "scaled-linear": scaled_linear_alp
 
 def shifted(alphas_cumprod: Tensor, shift: float) -> Tensor:
     """The schedule with its signal-to-noise ratio ᾱ/(1−ᾱ) multiplied by shift² at every t.
-
-    Neighbouring values of a latent repeat each other, so noise hides them less than it hides the
-    pixels of a small picture: unshifted, even the last timesteps of a redundant latent show what
-    sound it is, and the network never needs the text. 1: unchanged, as in the papers; below 1:
-    noisier (Hoogeboom et al. 2023, section 2.1; the same as Chen 2023's input scaling).
-    """
+    Neighbouring values of a latent repeat each other, so noise hides them less than a small
+    picture's pixels: unshifted, the last timesteps still show what sound it is, and the network
+    never needs the text. 1: as in the papers; below 1: noisier (Hoogeboom et al. 2023, 2.1)."""
     signal = shift**2 * alphas_cumprod
     return signal / (signal + 1 - alphas_cumprod)
-
-
-# ---- the forward process and what the network predicts -------------------------------------------
 
 
 def signal_and_noise(t: Tensor | int, alphas_cumprod: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,12 +82,6 @@ def velocity(x_0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> T
     return signal * noise - sigma * x_0
 
 
-def eps_from_v(v: Tensor, x_t: Tensor, t: Tensor | int, alphas_cumprod: Tensor) -> Tensor:
-    """ε = √ᾱ_t·v + √(1−ᾱ_t)·x_t, the inverse of `velocity` given x_t."""
-    signal, sigma = signal_and_noise(t, alphas_cumprod, x_t)
-    return signal * v + sigma * x_t
-
-
 def eps_from_x0(x_0: Tensor, x_t: Tensor, t, alphas_cumprod: Tensor) -> Tensor:
     """ε = (x_t − √ᾱ_t·x_0) / √(1−ᾱ_t), from x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε."""
     signal, sigma = signal_and_noise(t, alphas_cumprod, x_t)
@@ -106,91 +90,61 @@ def eps_from_x0(x_0: Tensor, x_t: Tensor, t, alphas_cumprod: Tensor) -> Tensor:
 
 def predicts_eps(model: EpsModel, prediction: str, alphas_cumprod: Tensor) -> EpsModel:
     """The network as an ε-model, whatever it was trained to predict: "eps", "v" or "x0".
+    Why not always ε: at high t an error of ε reaches x_0 multiplied by √((1−ᾱ_t)/ᾱ_t), 21 at
+    t = 969, an error of v does not. And a small network had better predict x_0: noise fills all
+    dimensions of the latent, sounds few of them, so x_0 is far less to say (Li and He 2025)."""
 
-    This is the only place that converts: guidance and samplers see ε. A v-network is worth having
-    because an error of ε at high t reaches x_0 multiplied by √((1−ᾱ_t)/ᾱ_t), 21 at t = 969, and an
-    error of v does not. A small network had better predict x_0: noise fills all dimensions of the
-    latent, and sounds few of them, so x_0 is far less to say (Li and He 2025).
-    """
+    def eps_of_v(x_t: Tensor, t: int) -> Tensor:  # ε = √ᾱ_t·v + √(1−ᾱ_t)·x_t
+        signal, sigma = signal_and_noise(t, alphas_cumprod, x_t)
+        return signal * model(x_t, t) + sigma * x_t
+
     if prediction == "eps":
         return model
     if prediction == "v":
-        return lambda x_t, t: eps_from_v(model(x_t, t), x_t, t, alphas_cumprod)
+        return eps_of_v
     if prediction == "x0":
         return lambda x_t, t: eps_from_x0(model(x_t, t), x_t, t, alphas_cumprod)
     raise ValueError(f"prediction is {prediction!r}: expected one of {', '.join(PREDICTIONS)}")
 
 
-def guided(eps_model: EpsModel, scale: float, share: Tensor | None = None) -> EpsModel:
-    """Classifier-free guidance: ε = ε_∅ + scale·(ε_y − ε_∅), over all channels.
+def guided(eps_model: EpsModel, scale: float) -> EpsModel:
+    """Classifier-free guidance: ε = ε_∅ + scale·(ε_y − ε_∅), over all channels. Scale 1 is none.
 
     `eps_model` gets a batch of 2B in one call, [x_t, x_t]: the first half is to be denoised with
-    the empty (or negative) text, the second half with the prompt. Scale 1 is no guidance. An
-    earlier version of the paper writes (w+1)·ε_y − w·ε_∅: scale = w + 1.
-
-    With a `share` [B, 1, 1, 1] of 0 … 1, between two prompts: the batch is 3B, its last third for
-    the other prompt, and ε_y = (1 − share)·ε_one + share·ε_other.
+    the empty (or negative) text, the second half with the prompt. An earlier version of the paper
+    writes (w+1)·ε_y − w·ε_∅: scale = w + 1.
     """
-    parts = 2 if share is None else 3
 
     def eps(x_t: Tensor, t: int) -> Tensor:
-        eps_null, eps_text, *other = eps_model(torch.cat([x_t] * parts), t).chunk(parts)
-        if other:
-            eps_text = torch.lerp(eps_text, other[0], share)
+        eps_null, eps_text = eps_model(torch.cat([x_t, x_t]), t).chunk(2)
         return eps_null + scale * (eps_text - eps_null)
 
     return eps
 
 
-def inpainted(eps_model: EpsModel, x_0: Tensor, known: Tensor, alphas_cumprod: Tensor) -> EpsModel:
-    """Inpainting: where x_0 is `known` (a mask that broadcasts), so is the ε in any x_t, and the
-    network needn't guess. It sees x_t whole, and what it adds goes with what is there."""
-
-    def eps(x_t: Tensor, t: int) -> Tensor:
-        return torch.where(known, eps_from_x0(x_0, x_t, t, alphas_cumprod), eps_model(x_t, t))
-
-    return eps
-
-
-# ---- which timesteps -----------------------------------------------------------------------------
-
-
 def timestep_sequence(num_steps: int, steps: int) -> list[int]:
     """`steps` timesteps from high to low, "leading" spacing with offset 1 as Stable Diffusion's:
-    45 of 1000 → 969, 947, … 23, 1. All of them: 999 … 0.
-
-    The start matters: t = 999 of the cosine schedule has 1/√ᾱ ≈ 2·10⁴ and would multiply any error
-    of ε by it, while a start much below the top is not pure noise yet. ValueError for a count
-    above 100 that would start below 0.89·num_steps, with the counts that work.
-    """
+    45 of 1000 → 969, 947, … 23, 1. The start matters: t = 999 of the cosine schedule has 1/√ᾱ ≈
+    2·10⁴ and multiplies any error of ε by it; much below it, latents are not pure noise yet."""
     if steps == num_steps:
         return list(range(num_steps))[::-1]
-
-    def start(n: int) -> int:
-        return (n - 1) * (num_steps // n) + 1
-
-    def works(n: int) -> bool:
-        return n <= 100 or start(n) >= 0.89 * num_steps
-
     if not 1 <= steps <= num_steps:
         raise ValueError(f"{steps} denoising steps: expected 1 to {num_steps}")
-    if not works(steps):
-        fits = [n for n in range(1, num_steps + 1) if works(n) or n == num_steps]
-        ends = [n for n in fits if n - 1 not in fits or n + 1 not in fits]
-        ranges = ", ".join(f"{a} to {b}" for a, b in zip(ends[::2], ends[1::2], strict=True))
+    stride = num_steps // steps
+    start = (steps - 1) * stride + 1
+    if steps > 100 and start < 0.89 * num_steps:
         raise ValueError(
-            f"{steps} denoising steps would start at t = {start(steps)}, where latents are not "
-            f"pure noise: counts that work are {ranges}"
+            f"{steps} denoising steps would start at t = {start}, where latents are not pure noise:"
+            f" take 100 or fewer, or as many as divide {num_steps}"
         )
-    return list(range(start(steps), 0, -(num_steps // steps)))
+    return list(range(start, 0, -stride))
 
 
 def steps_and_targets(
     alphas_cumprod: Tensor, steps: int, timesteps: Sequence[int] | None
 ) -> list[tuple[int, int]]:
-    """(t, next t) of each step. Where `timesteps` are given, `steps` isn't looked at. The last step
-    ends at t = 0, that is at ᾱ_0, not at 1, as in Stable Diffusion v1.4 (diffusers'
-    `set_alpha_to_one=False`)."""
+    """(t, next t) of each step, by `timesteps` where given. The last step ends at ᾱ_0, not at 1, as
+    in Stable Diffusion v1.4 (diffusers' `set_alpha_to_one=False`)."""
     num_steps = len(alphas_cumprod)
     ts = timestep_sequence(num_steps, steps) if timesteps is None else list(map(int, timesteps))
     if not ts or ts != sorted(set(ts), reverse=True) or ts[0] >= num_steps or ts[-1] < 0:
@@ -198,15 +152,11 @@ def steps_and_targets(
     return list(zip(ts, ts[1:] + [0], strict=True))
 
 
-# ---- samplers: one function, one loop ------------------------------------------------------------
-
-
-def randn_like(x: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise, drawn on the CPU, a sample at a time where each has its generator:
-    what a sample gets depends neither on the device nor on the batch it is in."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    noise = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in generator]
+def randn_like(x: Tensor, generators: Generators) -> Tensor:
+    """Standard normal noise, drawn on the CPU, for each sample from its own generator: what it gets
+    depends neither on the device nor on the batch it is in."""
+    generators = generators or [None] * len(x)
+    noise = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in generators]
     return torch.stack(noise).to(x.device)
 
 
@@ -218,10 +168,8 @@ def ddpm(
     generator: Generators = None,
     timesteps: Sequence[int] | None = None,
 ) -> Tensor:
-    """Ancestral sampling (DDPM, algorithm 2), on every timestep or on a subsequence.
-
-    x_T [B, C, H, W] noise. Unlike DDIM and PNDM it ends at ᾱ = 1, so the last step is x_0 itself.
-    """
+    """Ancestral sampling (DDPM, algorithm 2), on all timesteps or some. x_T [B, C, H, W] noise.
+    Unlike DDIM and PNDM it ends at ᾱ = 1, so the last step is x_0 itself."""
     a, x_t = alphas_cumprod.tolist(), x_T
     sequence = steps_and_targets(alphas_cumprod, steps, timesteps)
     for i, (t, t_next) in enumerate(sequence):
@@ -247,8 +195,6 @@ def ddim(
     timesteps: Sequence[int] | None = None,
 ) -> Tensor:
     """DDIM, eq. 12. eta = 0: deterministic; eta = 1: as noisy as DDPM. x_T [B, C, H, W] noise."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta {eta}: expected 0 (deterministic) to 1 (as noisy as DDPM)")
     a, x_t = alphas_cumprod.tolist(), x_T
     for t, t_next in steps_and_targets(alphas_cumprod, steps, timesteps):
         eps = eps_model(x_t, t)
@@ -268,9 +214,8 @@ def pndm(
     warmup: str = "plms",
     timesteps: Sequence[int] | None = None,
 ) -> Tensor:
-    """Pseudo numerical methods (PNDM): the papers' sampler. x_T [B, C, H, W] noise.
-
-    A linear multistep method on ε: each step uses the last four ε. Until there are four:
+    """Pseudo numerical methods (PNDM): the papers' sampler. x_T [B, C, H, W] noise. A linear
+    multistep method on ε: each step uses the last four ε. Until there are four:
 
     "plms"         lower orders, as Stable Diffusion does it: steps + 1 network calls
     "runge-kutta"  three steps with four calls each, the PNDM paper's own (F-PNDM, algorithm 2)
@@ -293,9 +238,7 @@ def pndm(
             e3 = eps_model(transfer(x_t, e2, t, middle), middle)
             e4 = eps_model(transfer(x_t, e3, t, t_next), t_next)
             e = (e + 2 * e2 + 2 * e3 + e4) / 6
-        elif len(history) == 1:
-            # The improved Euler method. It calls the network at t_next, as the next step will
-            # again: 969, 947, 947, 925, … is no mistake.
+        elif len(history) == 1:  # the improved Euler method, so 969, 947, 947, 925, … is no mistake
             e = (e + eps_model(transfer(x_t, e, t, t_next), t_next)) / 2
         elif len(history) == 2:
             e = (3 * e - history[-2]) / 2

@@ -1,4 +1,4 @@
-"""Audio ⇄ latents: the codecs, their statistics, and stored data sets.
+"""Audio ⇄ latents: the codecs, their statistics, tables of clips, and stored data sets.
 
 Glossary. A *clip* is 10.08 s of 16 kHz mono audio: 161,280 samples = 504 frames of 320 samples.
 A *codec* turns a clip into small integers, which are stored (`encode`), these into a continuous
@@ -20,7 +20,6 @@ codes are stored as uint16, a quarter of their 63 GB and lossless; there is a se
 needs no weights, a log-mel spectrogram, sharpened across its bands, with Griffin-Lim.
 
     python latents.py encode AUDIO_FOLDER TABLE --out FOLDER      (torchrun: a share for each rank)
-    python latents.py check FOLDER
 """
 
 import argparse
@@ -33,12 +32,17 @@ import io
 import json
 import os
 import platform
+import re
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import safetensors.torch
@@ -69,10 +73,8 @@ def to_sequence(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LatentStats:
-    """Mean and population std of each latent channel (float64 [C]), and how many values gave them.
-
-    They are part of a trained model: sampling has to undo exactly what training did.
-    """
+    """Mean and population std of each latent channel (float64 [C]), and how many values gave them:
+    part of a trained model, since sampling has to undo exactly what training did."""
 
     mean: Tensor
     std: Tensor
@@ -86,11 +88,9 @@ class LatentStats:
         return cls(mean.cpu(), std.cpu(), latents.numel() // latents.shape[1])
 
     def merge(self, other: "LatentStats") -> "LatentStats":
-        """The statistics of both sets together (Chan et al., 1979): shards add up to the whole."""
-        if other.count == 0:
-            return self
-        if self.count == 0:
-            return other
+        """The statistics of both sets together (Chan et al., 1979)."""
+        if self.count == 0 or other.count == 0:
+            return self if other.count == 0 else other
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * other.count / count
@@ -110,36 +110,28 @@ class LatentStats:
         return x * std + mean
 
     def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mean.numel() != z.shape[1]:
+        if self.mean.numel() != z.shape[1]:  # one channel's would be broadcast
             raise ValueError(f"statistics of {self.mean.numel()} channels, latents of {z.shape[1]}")
         shape = (-1,) + (1,) * (z.dim() - 2)
         std = self.std.clamp(min=1e-4)  # a channel that never changes must not give 0 / 0
         return self.mean.to(z).view(shape), std.to(z).view(shape)
 
-    def to_bytes(self) -> bytes:
-        tensors = {"mean": self.mean, "std": self.std, "count": torch.tensor(self.count)}
-        return safetensors.torch.save(tensors)
-
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file (latent_stats.safetensors of a model folder or data set)."""
-        write_aside(path, self.to_bytes())
+        """Write latent_stats.safetensors of a model folder or a data set."""
+        tensors = {"mean": self.mean, "std": self.std, "count": torch.tensor(self.count)}
+        write_aside(path, safetensors.torch.save(tensors))
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentStats":
-        """Read what `save` wrote. FileNotFoundError, or ValueError for any other file."""
+        """Read what `save` wrote; ValueError for any other file."""
         try:
-            tensors = safetensors.torch.load_file(path)
-            mean, std = tensors["mean"].double(), tensors["std"].double()
-            if not (mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()):
-                raise ValueError("numbers that are no mean and std")
-            return cls(mean, std, int(tensors.get("count", 0)))
-        except OSError:
-            raise
-        except Exception as e:  # of many types: safetensors', torch's, Python's
+            found = safetensors.torch.load_file(path)
+            return cls(found["mean"].double(), found["std"].double(), int(found.get("count", 0)))
+        except (safetensors.SafetensorError, KeyError) as e:
             raise ValueError(f"{path}: not a file of latent statistics ({e!r:.120})") from e
 
 
-# ---------------------------------------------------------------------------------- codecs
+# ---- codecs --------------------------------------------------------------------------------------
 
 
 class EncodecCodec:
@@ -154,29 +146,25 @@ class EncodecCodec:
     stored_shape = (8, FRAMES)
     stored_dtype = torch.uint16
     url = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
+    to_grid, to_sequence = staticmethod(to_grid), staticmethod(to_sequence)
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu"):
         from encodec import EncodecModel  # slow to import, and the other codec doesn't need it
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the package uses an old weight_norm
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # old weight_norm
             self.model = EncodecModel.encodec_model_24khz(pretrained=False)
-        file = Path(self.url).name
-        path = weights or Path(torch.hub.get_dir(), "checkpoints", file)
-        path = Path(path, file) if Path(path).is_dir() else path
+        name, safe = Path(self.url).name, {"map_location": "cpu", "weights_only": True}
+        path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", name))
+        path = path / name if path.is_dir() else path
         try:
-            if weights is None:
-                state = torch.hub.load_state_dict_from_url(
-                    self.url, map_location="cpu", check_hash=True, weights_only=True
-                )
+            if weights or path.exists():
+                state = torch.load(path, **safe)
             else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.hub.load_state_dict_from_url(self.url, check_hash=True, **safe)
             self.model.load_state_dict(state)
         except OSError as e:
-            raise OSError(
-                f"EnCodec's weights are not at {path} ({e}): download {self.url} and put the file "
-                f"there, or say with --encodec-weights where it is"
-            ) from e
+            where = "put the file there, or say with --encodec-weights where it is"
+            raise OSError(f"EnCodec's weights are not at {path}: get {self.url}, {where}") from e
         except Exception as e:  # of many types: a damaged byte leads the unpickler anywhere
             raise ValueError(f"{path}: damaged, unsafe, or not EnCodec's 24 kHz weights") from e
         self.model.set_target_bandwidth(6.0)  # 8 codebooks; without it there would be 32
@@ -197,17 +185,14 @@ class EncodecCodec:
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
         """16 kHz in −1 … 1, [B, 161280] -> codes, uint16 [B, 8, 504]."""
-        wave = _expect(wave, CLIP_SAMPLES).to(self.device)
-        codes, _ = self.model.encode(wave[:, None])[0]  # one frame: the 24 kHz model doesn't cut
+        wave = wave.float().to(self.device)[:, None]  # [B, 1, 161280]
+        codes, _ = self.model.encode(wave)[0]  # one frame: the 24 kHz model doesn't cut
         return codes.to(torch.uint16)
 
     @torch.no_grad()
     def dequantize(self, stored: Tensor) -> Tensor:
-        """Codes [B, 8, 504] -> z, float32 [B, 128, 504], on the codes' device.
-
-        One embedding_bag looks up and adds: ten times as fast as a loop over the codebooks. The
-        result is a transposed view, channels last in memory.
-        """
+        """Codes [B, 8, 504] -> z, float32 [B, 128, 504], on the codes' device. One embedding_bag
+        looks up and adds: ten times as fast as a loop over the codebooks."""
         codes = stored.to(torch.int32)  # uint16 tensors can do next to nothing
         rows = codes + 1024 * torch.arange(8, dtype=torch.int32, device=codes.device)[:, None]
         rows = rows.transpose(1, 2).reshape(-1, 8)  # [B·504, 8]
@@ -218,8 +203,7 @@ class EncodecCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """z, [B, 128, frames] -> 16 kHz wave, float32 [B, 320·frames]; a clip has 504 frames."""
-        latents = _expect(latents, self.channels, None)
-        return self.model.decoder(latents.to(self.device))[:, 0]
+        return self.model.decoder(latents.float().to(self.device))[:, 0]
 
 
 class MelCodec:
@@ -228,10 +212,6 @@ class MelCodec:
     In the spirit of the papers' spectrogram row (P2, table 2), on EnCodec's frames. A value is
     20·log10(m + 10^(floor_db/20)), where m is the magnitude in a mel band (HTK scale) and a
     full-scale sine has 0 dB. Stored as uint8, linear in dB over floor_db … top_db (0.34 dB a step).
-    `decode` looks for a sound with this spectrogram: each round of Griffin & Lim (1984), in the
-    fast variant of Perraudin et al. (2013), takes magnitudes and phases of a sound and brings the
-    magnitudes s nearer to the mel bands (Lee & Seung, 2000: s ← s · Mᵀmel / MᵀMs).
-    `benchmarks/inversion.py` has what this and other choices are worth.
 
     Latents are these dB sharpened across the bands, C orthonormal cosines, cos(π·k·(band + ½)/128):
 
@@ -239,8 +219,8 @@ class MelCodec:
 
     Spectra of scenes fall as 130 dB / (1 + k): loudness and slope are nearly all of the variance,
     and the harmonics that make a tone a tone drown in the first bit of noise. Tilt ½ leaves half of
-    that fall (0: plain dB; 1: white, and then loudness jitters); the mean over the bands, the
-    loudness, stays what it is.
+    that fall (0: plain dB; 1: white, and then loudness jitters), and the mean over the bands as is.
+    `benchmarks/inversion.py` has what this and other choices are worth.
     """
 
     name = "mel"
@@ -252,6 +232,7 @@ class MelCodec:
     floor_db, top_db = -80.0, 6.0
     tilt = 0.5
     iterations, momentum = 16, 0.99  # of Griffin-Lim
+    to_grid, to_sequence = staticmethod(to_grid), staticmethod(to_sequence)
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
@@ -275,7 +256,7 @@ class MelCodec:
     def encode(self, wave: Tensor) -> Tensor:
         """16 kHz in −1 … 1, [B, 161280] -> uint8 [B, 128, 504]."""
         # In float64, so that the rounded result is the same on (nearly) every machine.
-        wave = _expect(wave, CLIP_SAMPLES).to(self.device).double()
+        wave = wave.float().to(self.device).double()
         window = self.window.double()
         spectrum = torch.stft(wave, self.n_fft, HOP, window=window, return_complex=True)
         # Frame k is centred on sample 320·k: the 505th, centred on the end, is left out.
@@ -295,10 +276,14 @@ class MelCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Sharpened dB, [B, 128, frames] -> 16 kHz wave, float32 [B, 320·frames]; a clip has 504
-        frames. It starts from white noise, always the same: inside a band the magnitudes of real
-        sounds rise and fall as those of noise do, where a smooth spectrum with phases 0 buzzes."""
-        latents = _expect(latents, self.channels, None).to(self.device)
+        """Sharpened dB, [B, 128, frames] -> 16 kHz wave, float32 [B, 320·frames].
+
+        Each round of Griffin & Lim (1984), in the fast variant of Perraudin et al. (2013), takes
+        magnitudes and phases of a sound and brings the magnitudes s nearer to the mel bands (Lee &
+        Seung, 2000). The first sound is white noise, always the same: inside a band the magnitudes
+        of real sounds rise and fall as those of noise do; a smooth spectrum with phases 0 buzzes.
+        """
+        latents = latents.float().to(self.device)
         decibel = (self.unsharpen @ latents).clamp(self.floor_db, self.top_db)
         decibel = F.pad(decibel, (0, 1), mode="replicate")  # frames 0 … n, the last at the end
         mel = 10 ** (decibel / 20) - 10 ** (self.floor_db / 20)  # [B, 128, frames + 1]
@@ -310,7 +295,8 @@ class MelCodec:
         for _ in range(self.iterations):
             for _ in range(3):  # s ← s · Mᵀmel / MᵀMs
                 s = s * target / (self.mel.T @ (self.mel @ s) + 1e-9)
-            wave = self.istft(full_scale * s * phase, samples)
+            spectrum = full_scale * s * phase
+            wave = torch.istft(spectrum, self.n_fft, HOP, window=self.window, length=samples)
             rebuilt = self.stft(wave)
             s = rebuilt.abs() / full_scale
             phase = (rebuilt - self.momentum / (1 + self.momentum) * last).sgn()
@@ -321,17 +307,19 @@ class MelCodec:
         """[…, samples] -> complex […, 513, frames + 1]."""
         return torch.stft(wave, self.n_fft, HOP, window=self.window, return_complex=True)
 
-    def istft(self, spectrum: Tensor, samples: int) -> Tensor:
-        return torch.istft(spectrum, self.n_fft, HOP, window=self.window, length=samples)
 
-
-def _expect(batch: Tensor, *shape: int | None) -> Tensor:
-    """A batch of this shape, where None is any size."""
-    sizes = [n if n is not None else m for n, m in zip(shape, batch.shape[1:], strict=False)]
-    if list(batch.shape[1:]) != sizes or len(sizes) != len(shape):
-        expected = ", ".join("frames" if n is None else str(n) for n in shape)
-        raise ValueError(f"expected a batch of [{expected}], got a tensor {list(batch.shape)}")
-    return batch.float()
+def load_codec(
+    settings: dict | str, device: str | torch.device = "cpu", weights: str | Path | None = None
+) -> EncodecCodec | MelCodec:
+    """The codec with these `settings()`, or with the defaults: "encodec" or "mel". `weights` are
+    EnCodec's, see there. ValueError if the codec that we have is another one."""
+    name = settings.get("name") if isinstance(settings, dict) else settings
+    if name not in ("encodec", "mel"):
+        raise ValueError(f"unknown codec {name!r}; expected encodec or mel")
+    codec = EncodecCodec(weights, device) if name == "encodec" else MelCodec(device)
+    if settings not in (name, codec.settings()):
+        raise ValueError(f"made with another {name} codec: {settings}, not {codec.settings()}")
+    return codec
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -339,13 +327,24 @@ def pick_device(name: str | None) -> torch.device:
     torchrun, "cuda" gives each rank a GPU of its own. ValueError for a device that isn't there."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     name = name or found[0].removesuffix(":0")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     if name not in found:
         raise ValueError(f"device {name}: PyTorch finds only {', '.join(found)} here")
     if name != "cpu":
         torch.cuda.set_device(name)
     return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """What `--precision` means, "bf16" or "fp32": "auto" is bf16 where the device has units for it.
+    A CPU without them takes bf16, too, and is slow; for a GPU it is a ValueError."""
+    units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    impossible = name == "bf16" and device.type == "cuda" and not units
+    if impossible or name not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision {name}: expected auto, fp32 or, with units for it, bf16")
+    return name if name != "auto" else "bf16" if units else "fp32"
 
 
 def keep_freed_memory() -> None:
@@ -358,45 +357,16 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)
 
 
-def load_codec(
-    settings: dict | str, device: str | torch.device = "cpu", weights: str | Path | None = None
-) -> EncodecCodec | MelCodec:
-    """The codec with these `settings()`, or with the defaults: "encodec" or "mel".
+# ---- files ---------------------------------------------------------------------------------------
 
-    `weights`: where EnCodec's are, see there. ValueError if they aren't those of the settings.
-    """
-    name = settings if isinstance(settings, str) else settings.get("name")
-    if name not in ("encodec", "mel"):
-        raise ValueError(f"unknown codec {name!r}; expected encodec or mel")
-    codec = EncodecCodec(weights, device) if name == "encodec" else MelCodec(device)
-    mine = codec.settings()
-    for key in mine | settings if isinstance(settings, dict) else ():
-        if settings.get(key) != mine.get(key):
-            what = f"{key} {settings.get(key)}, and this one has {mine.get(key)}"
-            raise ValueError(f"made with another {codec.name} codec: {what}")
-    return codec
-
-
-@torch.no_grad()
-def loudness(codec: EncodecCodec | MelCodec, stored: Tensor) -> Tensor:
-    """The loudness of each frame of stored clips, as a picture [B, 1, 24, 21]: what a ControlNet
-    follows. 0 is −40 dB, 1 is −20 dB. Computed from what is stored, so any data set has it."""
-    if codec.name == "mel":  # the level of each band: no need to make a wave of it
-        power = (10 ** (codec.decibel(stored) / 10)).sum(1)  # [B, 504]
-    else:
-        wave = codec.decode(codec.dequantize(stored))
-        power = wave.unflatten(1, (FRAMES, HOP)).square().mean(2) + 1e-8
-    return to_grid((10 * torch.log10(power) + 40) / 20)[:, None]
-
-
-# ---------------------------------------------------------------------------------- audio files
+AUDIO = {f".{x.lower()}" for x in (*soundfile.available_formats(), "aif", "oga", "opus")}
 
 
 def read_audio(path: str | Path, seconds: float | None = None) -> tuple[Tensor, int]:
     """Any file that libsndfile reads -> float32 [samples, channels], and its sample rate in Hz.
 
-    `seconds`: read little more than that. FileNotFoundError; ValueError for a file that is no
-    audio, is empty, has NaN, infinite or absurd samples or a rate outside 1,000 to 768,000 Hz.
+    `seconds`: little more than that. FileNotFoundError; ValueError for a file that is no audio, or
+    has no samples, absurd ones or an absurd rate.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -408,12 +378,10 @@ def read_audio(path: str | Path, seconds: float | None = None) -> tuple[Tensor, 
             samples = file.read(frames, dtype="float32", always_2d=True)  # [samples, channels]
     except (soundfile.LibsndfileError, MemoryError, TypeError) as e:  # TypeError: a .raw file
         raise ValueError(f"{path}: can't be read as audio ({e})") from e
-    if len(samples) == 0:
-        raise ValueError(f"{path}: empty, there are no samples")
+    if len(samples) == 0 or not 1_000 <= rate <= 768_000:
+        raise ValueError(f"{path}: {len(samples)} samples at {rate} Hz can't be used")
     if not -1e15 < samples.min() <= samples.max() < 1e15:  # false for NaN, too
         raise ValueError(f"{path}: has samples that are NaN, infinite or above 1e15")
-    if not 1_000 <= rate <= 768_000:
-        raise ValueError(f"{path}: {rate} samples a second; expected 1,000 to 768,000")
     return torch.from_numpy(samples), rate
 
 
@@ -421,16 +389,13 @@ def resample(wave: Tensor, rate: int, to: int = SAMPLE_RATE) -> Tensor:
     """[..., samples] at `rate` Hz -> at `to` Hz: torchaudio's windowed sinc."""
     # Its filters grow with the terms of the ratio (44,101 : 16,000 would take gigabytes), so we
     # round terms above 1,000. Usual rates stay exact, others are 0.05 % off at worst.
-    ratio = Fraction(rate, to)
-    ratio = ratio.limit_denominator(1000 * to // max(rate, to))
+    ratio = Fraction(rate, to).limit_denominator(1000 * to // max(rate, to))
     return AF.resample(wave, ratio.numerator, ratio.denominator)
 
 
 def load_audio(path: str | Path, seconds: float | None = None) -> Tensor:
-    """Any file that libsndfile reads -> 16 kHz mono, float32 [samples]; channels are averaged.
-
-    `seconds`: no more than that. Errors are those of `read_audio`.
-    """
+    """Any audio file -> 16 kHz mono, float32 [samples], the mean of its channels; no more than
+    these `seconds`. Errors are those of `read_audio`."""
     samples, rate = read_audio(path, seconds)
     wave = resample(samples.mean(dim=1), rate)
     return wave if seconds is None else wave[: round(seconds * SAMPLE_RATE)]
@@ -441,9 +406,7 @@ def to_clips(wave: Tensor, several: bool = False) -> Tensor:
 
     The last of several is padded; a rest below one second is dropped, unless there is nothing else.
     """
-    n = 1
-    if several:
-        n = max(1, (len(wave) + CLIP_SAMPLES - SAMPLE_RATE) // CLIP_SAMPLES)
+    n = max(1, (len(wave) + CLIP_SAMPLES - SAMPLE_RATE) // CLIP_SAMPLES) if several else 1
     wave = wave[: n * CLIP_SAMPLES]
     return F.pad(wave, (0, n * CLIP_SAMPLES - len(wave))).view(n, CLIP_SAMPLES)
 
@@ -451,15 +414,13 @@ def to_clips(wave: Tensor, several: bool = False) -> Tensor:
 def save_audio(path: str | Path, wave: Tensor, comment: str | None = None) -> None:
     """16 kHz in −1 … 1, [samples] -> 16-bit WAV file, whole or not at all.
 
-    Peaks: a clip that goes above 0.99 is scaled down as a whole to 0.99, so nothing is clipped; all
-    others keep their level. `comment` becomes metadata (libsndfile writes any length, but reads no
-    more than 2,000 bytes back). ValueError for NaN or infinite samples.
+    A clip that goes above 0.99 is scaled down as a whole, so nothing is clipped; others keep their
+    level. `comment` becomes metadata (libsndfile reads no more than 2,000 bytes of it back).
+    ValueError for NaN or infinite samples.
     """
     wave = torch.as_tensor(wave).detach().float().cpu()
-    if wave.dim() != 1 or len(wave) == 0:
-        raise ValueError(f"{path}: expected a wave [samples], got {list(wave.shape)}")
-    if not wave.isfinite().all():
-        raise ValueError(f"{path}: not written, the wave has NaN or infinite samples")
+    if wave.dim() != 1 or not wave.isfinite().all():
+        raise ValueError(f"{path}: not written, no wave [samples] of finite numbers")
     wave = wave * min(1.0, 0.99 / max(wave.abs().max().item(), 1e-9))
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as file:
@@ -469,39 +430,198 @@ def save_audio(path: str | Path, wave: Tensor, comment: str | None = None) -> No
     write_aside(path, buffer.getvalue())
 
 
-def write_aside(path: str | Path, data: bytes, tag: str | None = None) -> None:
-    """A whole file or none: written to .NAME.TAG.tmp beside it, flushed to the disk, renamed.
-    OSError names the file that there was no room for."""
+def write_aside(path: str | Path, data: bytes | Callable) -> None:
+    """A whole file or none: written beside it, flushed to the disk, renamed. `data` is bytes, or a
+    function that writes into the open file. OSError names the file that there was no room for."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{tag or os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(aside, "wb") as file:
-            file.write(data)
+            file.write(data) if isinstance(data, bytes) else data(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as e:
-        raise OSError(f"{path}: not written ({e.strerror or e})") from e
+    except (OSError, RuntimeError) as e:  # a full disk; torch.save has words of its own for it
+        raise OSError(f"{path}: not written ({str(e).splitlines()[0]})") from e
     finally:
         aside.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------- stored data set
+def read_json(path: Path, *keys: str) -> dict:
+    """A JSON object that has these keys; ValueError for anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+        if set(keys) <= value.keys():
+            return value
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path}: damaged ({e})") from e
+    raise ValueError(f"{path}: damaged, expected an object with {', '.join(keys)}")
+
+
+def safe_name(text: str, given: bool = False) -> str:
+    """A file name for any prompt: lower case, letters and digits of any script, "sound" if there
+    are none. One that was `given` keeps its case, dots and hyphens: YouTube's ids need them."""
+    if given:
+        name = re.sub(r"[^\w.-]+", "_", re.split(r"[/\\]", text)[-1]).lstrip(".")
+        name = re.sub(r"\.(wav|flac|ogg|mp3|m4a)$", "", name, flags=re.I)
+    else:
+        name = re.sub(r"[\W_]+", "_", text.lower()).strip("_")
+        name = name.encode()[:60].decode(errors="ignore").rstrip("_")
+    return name.encode()[:200].decode(errors="ignore") or "sound"  # whole characters
+
+
+# ---- tables of clips -----------------------------------------------------------------------------
+
+# What columns and keys may be called
+NAMES = ("id", "name", "youtube_id", "ytid", "file", "file_name", "audiocap_id")
+FILES = ("file", "file_name")
+CAPTIONS = ("prompt", "captions", "caption", "text", *(f"caption_{i}" for i in range(1, 6)))
+STARTS = ("start", "start_time", "start_seconds")
+
+
+def read_table(path: str | Path, class_labels: str | Path | None = None) -> list[dict]:
+    """A table of clips -> records with id, captions and labels (lists), file and start (seconds) if
+    known, and the table's other columns or keys.
+
+    .jsonl: a JSON object a line; .json: that, or WavCaps' object with a list of them as "data".
+    .csv, .tsv: with a header line. Clips are named by id, name, youtube_id, ytid, file, file_name
+    or audiocap_id, or else by their caption. Captions are prompt, captions, caption, text or
+    caption_1 … caption_5; labels are separated by ';'.
+    AudioSet's segments ("# YTID, start_seconds, …"): labels by `class_labels`, the path of
+    class_labels_indices.csv.
+    Several rows of one file or name become one record. ValueError names the row that is wrong.
+    """
+    path, names, records, number = Path(path), {}, {}, 1
+    try:
+        if class_labels:
+            with open(class_labels, encoding="utf-8-sig", newline="") as file:
+                names = {row.get("mid"): row.get("display_name") for row in csv.DictReader(file)}
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = _rows(file, path.suffix.lower(), names)
+            while (row := next(rows, None)) is not None:
+                record = _record(row)
+                name = record.get("file") or record["id"] or number
+                first = records.setdefault(name, record | {"captions": [], "labels": []})
+                for key in ("captions", "labels"):
+                    texts = [*first[key], *(text.strip() for text in record[key])]
+                    first[key] = list(dict.fromkeys(filter(None, texts)))
+                number += 1
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path}: can't be read as a table ({e})") from e
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path}, row {number}: {e}") from e
+    if not records:
+        raise ValueError(f"{path}: has no rows")
+    for record in records.values():
+        record["id"] = record["id"] or safe_name("".join(record["captions"][:1]))
+    return list(records.values())
+
+
+def _rows(file: TextIO, suffix: str, names: dict[str, str]) -> Iterator[dict]:
+    first = file.readline()
+    file.seek(0)
+    if suffix in (".json", ".jsonl"):
+        if suffix == ".json":
+            with suppress(ValueError, LookupError, TypeError):
+                yield from json.load(file)["data"]
+                return
+            file.seek(0)
+        yield from (json.loads(line) for line in file if line.strip())
+    elif re.match(r'#|[^,]+,\s*[\d.]+,\s*[\d.]+,\s*"?/', first):  # AudioSet's segments
+        lines = (line for line in file if line.strip() and not line.startswith("#"))
+        for ytid, start, end, mids in csv.reader(lines, skipinitialspace=True):
+            if unknown := set(mids.split(",")) - names.keys():
+                raise ValueError(f"give --class-labels class_labels_indices.csv, with {unknown}")
+            labels = [names[mid] for mid in mids.split(",")]
+            yield {"id": ytid, "start": float(start), "end": float(end), "labels": labels}
+    else:
+        yield from csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+
+
+def _record(row: dict) -> dict:
+    if None in row or not row.keys() & {*NAMES, *CAPTIONS}:
+        raise ValueError(f"expected columns such as {', '.join(NAMES + CAPTIONS[:4])}, got {row}")
+    json.dumps(row, ensure_ascii=False).encode()  # fails at half of a \ud83d\udc36
+    known = {key: value for key, value in row.items() if value not in (None, "")}
+    first = [next((known[x] for x in keys if x in known), "") for keys in (NAMES, FILES, STARTS)]
+    name, file, start = map(str, first)
+    captions = [known[key] for key in CAPTIONS if key in known]
+    captions = [x for found in captions for x in ([found] if isinstance(found, str) else found)]
+    labels = known.get("labels", [])
+    labels = labels.split(";") if isinstance(labels, str) else labels  # "Male speech, man" is one
+    record = {key: row[key] for key in row if key not in (*CAPTIONS, *FILES, *STARTS)}
+    record |= {"id": name, "captions": captions, "labels": labels}
+    return record | ({"file": file} if file else {}) | ({"start": float(start)} if start else {})
+
+
+def find_audio(records: list[dict], folder: str | Path) -> list[Path | None]:
+    """The audio file of each record below a folder, links followed: its `file` as it stands, or by
+    its id ID.*, YID.*, ID_START.*, YID_START.* (of several the nearest), or `safe_name` of it."""
+    files: dict[str, Path] = {}  # by name without suffix
+    starts: dict[str, list[tuple[float, Path]]] = {}  # by what stands before _START
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for stem, suffix in map(os.path.splitext, sorted(names)):
+            if suffix.lower() in AUDIO:
+                path = files.setdefault(stem, Path(parent, stem + suffix))
+                if cut := re.fullmatch(r"(.+)_(\d+(?:\.\d+)?)", stem):
+                    starts.setdefault(cut[1], []).append((float(cut[2]), path))
+    paths = []
+    for record in records:
+        name, start = record["id"], record.get("start", 0.0)
+        named, saved = (name, f"Y{name}"), (safe_name(name, given=True), safe_name(name))
+        near = [pair for stem in named for pair in starts.get(stem, ())]
+        found = [path for path in [Path(folder, record.get("file", ""))] if path.is_file()]
+        found += [files[stem] for stem in named if stem in files]
+        found += [path for _, path in sorted((abs(number - start), path) for number, path in near)]
+        found += [files[stem] for stem in saved if stem in files]
+        paths.append(found[0] if found else None)
+    return paths
+
+
+def template(labels: list[str]) -> str:
+    """The caption of a clip that has none (P2, A.2)."""
+    return "The sound of " + ", ".join(labels)
+
+
+def rows_to_encode(table, audio_folder, class_labels=None, several_clips=False) -> list[dict]:
+    """A table's records, each with its file and a caption, for `encode_dataset` with `load_row`.
+
+    `several_clips`: all of a long file, not its first 10.08 s; its record then says how many clips
+    there are at most. ValueError for a record with neither caption nor labels.
+    """
+    if not Path(audio_folder).is_dir():
+        raise FileNotFoundError(f"{audio_folder}: no such folder")
+    rows = read_table(table, class_labels)
+    for row, path in zip(rows, find_audio(rows, audio_folder)):
+        if not row["captions"] + row["labels"]:
+            raise ValueError(f"{table}: {row['id']} has neither a caption nor labels")
+        row["captions"] = row["captions"] or [template(row["labels"])]
+        row["file"] = os.path.relpath(path, audio_folder) if path else row.get("file", row["id"])
+        if several_clips:
+            row["several_clips"] = 1
+            with suppress(soundfile.LibsndfileError, TypeError):  # what can't be read is skipped
+                row["several_clips"] += int(soundfile.info(path).duration // 10)
+    return rows
+
+
+def load_row(row: dict, audio_folder: str | Path) -> Tensor:
+    """The clips of one of `rows_to_encode`, [n, 161280]."""
+    several = "several_clips" in row
+    seconds = None if several else CLIP_SAMPLES / SAMPLE_RATE
+    return to_clips(load_audio(Path(audio_folder, row["file"]), seconds), several)
+
+
+# ---- stored data sets ----------------------------------------------------------------------------
 #
-#   plan.json                 codec, hash of the table, rows a shard: a resumed run must agree
-#   shard-00000.npy           the integers of rows 0 … shard_rows − 1: [clips, *stored_shape]
-#   shard-00000.jsonl         their records, a line a clip: id, file, captions, labels, …
-#   shard-00000.json          clips, skipped rows, statistics, hashes; written last: "shard is done"
-# and, once every shard is done:
-#   record_offsets.npy        int64 [N], where clip i's line begins in its shard's .jsonl
-#   label_starts.npy          int64 [N + 1], and label_ids.npy, int32: clip i has the labels
-#                             label_ids[label_starts[i]:label_starts[i + 1]]
-#   latent_stats.safetensors
-#   skipped.csv               file, reason
-#   dataset.json              codec, labels by name, clips of each shard; the last: "all done"
+#   codes.npy                  the integers of all clips, [places, *stored_shape]
+#   clips.jsonl                a line a clip: {"row": its place in codes.npy, "id", "captions", …}
+#   latent_stats.safetensors   LatentStats over all clips
+#   skipped.csv                file, reason; the places of these stay empty
+#   codec.json                 the codec's settings, a hash of the table; written last
 #
-# A shard is a function of its rows alone, so its bytes depend neither on the number of ranks nor on
-# interruptions. A clip takes 8,064 bytes of EnCodec codes and 24 of index (at two labels).
+# Until then parts/RANK.jsonl lists what this rank has done. A batch is a function of its rows, so
+# the bytes of the whole depend neither on the number of ranks nor on interruptions.
 
 
 def encode_dataset(
@@ -510,450 +630,209 @@ def encode_dataset(
     rows: list[dict],
     load_clips: Callable[[dict], Tensor],
     *,
-    shard_rows: int = 2048,
     batch_size: int = 16,
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> bool:
-    """Write the stored data set of `rows`, or this rank's shards of it. True once it is complete.
+    """Write the stored data set of `rows`, or this rank's share of it. True once it is complete.
 
-    A row is a dict of JSON values with id, file, captions (list), labels (list) and whatever else
-    is worth keeping; load_clips(row) gives its clips [n, 161280], in one of `workers` processes. A
-    row for which it raises ValueError or OSError is skipped, and listed in skipped.csv.
+    A row is a dict of JSON values with id, captions (list) and whatever else is worth keeping;
+    load_clips(row) gives its clip [1, 161280], or up to row["several_clips"] of them, in one of
+    `workers` processes. A row for which it raises ValueError or OSError is skipped.
 
-    Ranks share nothing but the folder: rank r does shards r, r + world_size, …, and whoever then
-    finds all shards done writes the rest. Called again after a kill, it goes on after the last
-    finished shard. ValueError if the folder has another table or codec, or if all rows are skipped.
+    Ranks share nothing but the folder: rank r does batches r, r + world_size, …, and whoever then
+    finds all of them done joins them. Called again after a kill, it goes on after the last finished
+    batch. ValueError if it was begun with something else, or if all rows are skipped.
     """
-    if shard_rows < 1 or batch_size < 1:
-        raise ValueError("the batch size and the rows of a shard must be 1 or more")
-    folder, tag = Path(folder), f"rank{rank}"
-    folder.mkdir(parents=True, exist_ok=True)
-    table = hashlib.sha256(b"".join(map(_json, rows))).hexdigest()
-    plan = {"codec": codec.settings(), "table": table, "rows": len(rows), "shard_rows": shard_rows}
-    if not (folder / "plan.json").exists():
-        write_aside(folder / "plan.json", _json(plan), tag)
-    old = read_json(folder / "plan.json", *plan)
-    if old != plan:
-        other = "codec" if old["codec"] != plan["codec"] else "table (or shard size)"
-        raise ValueError(f"{folder}: begun with another {other}; delete it or choose anew")
-    for torn in folder.glob(".*.rank*.tmp"):  # by a kill; each is removed by one rank
-        if int(torn.suffixes[-2].removeprefix(".rank")) % world_size == rank:
-            torn.unlink(missing_ok=True)
+    folder, parts = Path(folder), Path(folder, "parts")
+    table = hashlib.sha256(b"".join(map(_line, rows))).hexdigest()
+    plan = {"codec": codec.settings(), "table": table, "batch_size": batch_size}
+    for path in (folder / "codec.json", parts / "plan.json"):
+        old = read_json(path, *plan) if path.exists() else plan
+        if wrong := [key for key in plan if old[key] != plan[key]]:
+            raise ValueError(f"{folder}: begun with another {wrong[0]}; choose another folder")
+    if (folder / "codec.json").exists():
+        shutil.rmtree(parts, ignore_errors=True)
+        return True
+    parts.mkdir(parents=True, exist_ok=True)
+    write_aside(parts / "plan.json", _line(plan))
 
-    shards = [
-        (folder / f"shard-{i // shard_rows:05d}.npy", rows[i : i + shard_rows])
-        for i in range(0, len(rows), shard_rows)
-    ]
-    mine = shards[rank::world_size]
-    with tqdm(total=sum(len(part) for _, part in mine), unit="row", disable=rank > 0) as bar:
-        for path, part in mine:
-            if path.with_suffix(".json").exists():
-                bar.update(len(part))
-                continue
-            # The loader keeps the order of the rows, whatever the number of workers.
-            load = functools.partial(_load_or_say_why, load_clips)
-            loader = DataLoader(part, batch_size=None, collate_fn=load, num_workers=workers)
-            for suffix, data in _encode_shard(codec, part, loader, batch_size, bar).items():
-                write_aside(path.with_suffix(suffix), data, tag)
-    if not all(path.with_suffix(".json").exists() for path, _ in shards):
-        return False  # another rank is still at work, and will find that all are done
-    for name, data in _index(folder).items():
-        write_aside(folder / name, data, tag)
-    return True
-
-
-def _load_or_say_why(load_clips: Callable[[dict], Tensor], row: dict) -> Tensor | str:
-    """What a worker process does for a row: its clips, or why there are none, in one line."""
-    try:
-        return _expect(load_clips(row), CLIP_SAMPLES)
-    except (ValueError, OSError) as e:
-        return " ".join(str(e).split())
+    places = np.cumsum([0] + [row.get("several_clips", 1) for row in rows]).tolist()
+    done, mine = set(_finished(parts)), range(rank * batch_size, len(rows), world_size * batch_size)
+    todo = [first for first in mine if first not in done]
+    load = functools.partial(_load_batch, rows, places, load_clips, batch_size)
+    loader = DataLoader(todo, batch_size=None, collate_fn=load, num_workers=workers)
+    clip = torch.empty(codec.stored_shape, dtype=codec.stored_dtype).numpy()
+    header = {"descr": clip.dtype.str, "fortran_order": False, "shape": (places[-1], *clip.shape)}
+    (folder / "codes.npy").touch()
+    with open(folder / "codes.npy", "r+b") as file, open(parts / f"{rank}.jsonl", "ab") as log:
+        # Each rank gives the array the same header and size. It takes no room on the disk yet.
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        file.truncate(start + places[-1] * clip.nbytes)
+        for part, clips in tqdm(loader, unit="batch", disable=rank > 0):
+            codes = [codec.encode(some).cpu() for some in clips.split(batch_size) if len(some)]
+            for record, code in zip(part["records"], chain.from_iterable(codes)):
+                file.seek(start + record["row"] * clip.nbytes)
+                file.write(code.numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            log.write(b"\n" + _line(part))
+            log.flush()
+    done = _finished(parts)
+    if len(done) == len(range(0, len(rows), batch_size)):  # else another rank is still at work
+        _join(folder, codec, [done[first] for first in sorted(done)], plan)
+        shutil.rmtree(parts, ignore_errors=True)
+    return (folder / "codec.json").exists()
 
 
-def _encode_shard(codec, rows: list[dict], loader, batch_size: int, bar: tqdm) -> dict[str, bytes]:
-    """The three files of a shard, by suffix, the one that says "done" last."""
-    stored = [torch.empty(0, *codec.stored_shape, dtype=codec.stored_dtype).numpy()]
-    records, skipped = [], []
-    stats = LatentStats(torch.zeros(codec.channels), torch.zeros(codec.channels))
-    waiting = torch.empty(0, CLIP_SAMPLES)  # loaded, not yet encoded
-    for i, (row, clips) in enumerate(zip(rows, loader, strict=True)):
-        if isinstance(clips, str):
-            skipped.append([row["file"], clips])
-        else:
-            records += [row | {"clip": k} if len(clips) > 1 else row for k in range(len(clips))]
-            waiting = torch.cat([waiting, clips])
-        last = i == len(rows) - 1
-        while len(waiting) >= batch_size or (last and len(waiting) > 0):
-            codes = codec.encode(waiting[:batch_size])
-            waiting = waiting[batch_size:]
-            stats = stats.merge(LatentStats.of(codec.dequantize(codes)))
-            stored.append(codes.cpu().numpy())
-        bar.update()
-    files = {".npy": _npy(np.concatenate(stored)), ".jsonl": b"".join(map(_json, records))}
-    done = {"clips": len(records), "skipped": skipped, "count": stats.count}
-    done |= {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
-    done |= {suffix: hashlib.sha256(data).hexdigest() for suffix, data in files.items()}
-    return files | {".json": _json(done)}
-
-
-def _index(folder: Path) -> dict[str, bytes]:
-    """The files that make one data set of the shards, by name, computed from the shards.
-    ValueError if a shard is damaged or all rows were skipped."""
-    try:
-        return _join(folder)
-    except (LookupError, TypeError, OverflowError, RuntimeError, csv.Error) as e:
-        raise ValueError(f"{folder}: damaged, shards don't fit together ({e!r:.80})") from e
-
-
-def _join(folder: Path) -> dict[str, bytes]:
-    plan = read_json(folder / "plan.json", "codec", "rows", "shard_rows")
-    stats = LatentStats(torch.zeros(0), torch.zeros(0))
-    clips, skipped, offsets, label_ids, label_starts = [], [], [], [], [0]
-    numbers: dict[str, int] = {}  # label -> its number, in the order met
-    for i in range(0, plan["rows"], plan["shard_rows"]):
-        path = folder / f"shard-{i // plan['shard_rows']:05d}.json"
-        done = read_json(path, "clips", "skipped", "count", "mean", "std")
-        skipped += done["skipped"]
-        mean, std = torch.tensor([done["mean"], done["std"]], dtype=torch.float64)
-        stats = stats.merge(LatentStats(mean, std, done["count"]))
-        offset = 0
-        with open(path.with_suffix(".jsonl"), "rb") as file:
-            for line in file:
-                offsets.append(offset)
-                offset += len(line)
-                for label in json.loads(line)["labels"]:
-                    label_ids.append(numbers.setdefault(label, len(numbers)))
-                label_starts.append(len(label_ids))
-        if done["clips"] != len(offsets) - sum(clips):
-            raise ValueError(f"{path}: damaged, {done['clips']!r:.40} clips are not its lines'")
-        clips.append(done["clips"])
-    report = io.StringIO()
-    csv.writer(report, lineterminator="\n").writerows([["file", "reason"], *skipped])
-    if not offsets:
-        if skipped:
-            write_aside(folder / "skipped.csv", report.getvalue().encode())
-        first = f", such as {': '.join(skipped[0])}" if skipped else ""
-        raise ValueError(
-            f"{folder}: all {len(skipped)} rows were skipped{first}; delete the folder to try again"
-        )
-    labels = sorted(numbers)
-    place = {label: i for i, label in enumerate(labels)}
-    places = np.array([place[label] for label in numbers], np.int32)  # by number
-    dataset = {"codec": plan["codec"], "sample_rate": SAMPLE_RATE, "clips": len(offsets)}
-    dataset |= {"skipped": len(skipped), "labels": labels, "shard_clips": clips}
-    return {
-        "record_offsets.npy": _npy(np.array(offsets, np.int64)),
-        "label_starts.npy": _npy(np.array(label_starts, np.int64)),
-        "label_ids.npy": _npy(places[np.array(label_ids, np.int64)]),
-        "latent_stats.safetensors": stats.to_bytes(),
-        "skipped.csv": report.getvalue().encode(),
-        "dataset.json": _json(dataset),
-    }
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def _json(value: dict) -> bytes:
+def _line(value: dict) -> bytes:
     return (json.dumps(value, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """A JSON object that has these keys; ValueError for anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: damaged ({e})") from e
-    if not isinstance(value, dict) or not set(keys) <= value.keys():
-        raise ValueError(f"{path}: damaged, expected an object with {', '.join(keys)}")
-    return value
+def _load_batch(rows, places, load_clips, batch_size: int, first: int) -> tuple[dict, Tensor]:
+    """What a worker process does: the clips and records of some rows, or why there are none."""
+    records, skipped, waves = [], [], [torch.empty(0, CLIP_SAMPLES)]
+    for i in range(first, min(first + batch_size, len(rows))):
+        row, place = rows[i], places[i]
+        try:
+            clips = load_clips(row)
+            if len(clips) > places[i + 1] - place:
+                raise ValueError(f"{len(clips)} clips, more than expected")
+        except (ValueError, OSError) as e:
+            skipped.append([row.get("file", row["id"]), " ".join(str(e).split())])
+            continue
+        waves.append(clips)
+        for k in range(len(clips)):
+            number = {"clip": k} if len(clips) > 1 else {}
+            records.append({"row": 0} | row | {"row": place + k} | number)
+    return {"first": first, "records": records, "skipped": skipped}, torch.cat(waves)
+
+
+def _finished(parts: Path) -> dict[int, dict]:
+    """The batches that any rank has listed, by their first row."""
+    done = {}
+    for path in parts.glob("*.jsonl"):
+        with suppress(FileNotFoundError):  # another rank has just joined them
+            for line in path.read_bytes().split(b"\n"):
+                with suppress(ValueError):  # torn by a kill
+                    part = json.loads(line)
+                    done[part["first"]] = part
+    return done
+
+
+def _join(folder: Path, codec, parts: list[dict], plan: dict) -> None:
+    """Make the data set's other files of all batches' records, and of the array."""
+    records, skipped = ([x for part in parts for x in part[key]] for key in ("records", "skipped"))
+    report = io.StringIO()
+    csv.writer(report, lineterminator="\n").writerows([["file", "reason"], *skipped])
+    write_aside(folder / "skipped.csv", report.getvalue().encode())
+    if not records:
+        first = ": ".join(skipped[0]) if skipped else "there are none"
+        raise ValueError(f"{folder}: all rows were skipped ({first}); delete it to try again")
+    write_aside(folder / "clips.jsonl", b"".join(map(_line, records)))
+    stats, codes = LatentStats(torch.zeros(0), torch.zeros(0)), np.load(folder / "codes.npy", "r")
+    for i in range(0, len(records), 64):  # so many whatever the batch size
+        stored = torch.from_numpy(codes[[record["row"] for record in records[i : i + 64]]])
+        stats = stats.merge(LatentStats.of(codec.dequantize(stored)))
+    stats.save(folder / "latent_stats.safetensors")
+    about = plan | {"clips": len(records), "skipped": len(skipped)}
+    write_aside(folder / "codec.json", _line(about))
 
 
 class LatentDataset:
-    """A stored data set, opened in an instant whatever its size: all arrays are memory-mapped.
+    """A stored data set. The arrays are memory-mapped: two million clips open within a second.
 
-    codec: its settings, for `load_codec`. stats: LatentStats. labels: names, sorted.
-    FileNotFoundError if the folder holds none, or an unfinished one.
+    codec: its settings, for `load_codec`. stats: LatentStats. FileNotFoundError if the folder holds
+    no data set, or an unfinished one; ValueError if it is damaged.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / "dataset.json").exists():
-            begun = (self.folder / "plan.json").exists()
-            what = "unfinished, run what made it again" if begun else "not a stored data set"
-            raise FileNotFoundError(f"{folder}: {what} (there is no dataset.json)")
-        about = read_json(self.folder / "dataset.json", "codec", "labels", "shard_clips")
-        self.codec, self.labels, clips = (about[key] for key in ("codec", "labels", "shard_clips"))
-        kinds = (self.codec, dict), (self.labels, list), (clips, list)
-        fits = all(isinstance(value, kind) for value, kind in kinds)
-        if not fits or not all(type(n) is int and 0 <= n < 2**40 for n in clips):
-            raise ValueError(f"{folder}/dataset.json: damaged, it has values of another kind")
+        if not (self.folder / "codec.json").exists():
+            old, begun = (self.folder / name for name in ("dataset.json", "parts"))
+            what = "of an older version, encode it anew" if old.exists() else "no stored data set"
+            what = "unfinished, run what made it again" if begun.exists() else what
+            raise FileNotFoundError(f"{folder}: {what} (there is no codec.json)")
+        self.codec = read_json(self.folder / "codec.json", "codec")["codec"]
         self.stats = LatentStats.load(self.folder / "latent_stats.safetensors")
-        self._shards: dict[int, np.ndarray] = {}  # those that have been opened
-        self._starts = np.cumsum([0, *clips])  # each shard's first clip
-        self._offsets = self._map("record_offsets.npy")
-        self._label_ids = self._map("label_ids.npy")
-        self._label_starts = self._map("label_starts.npy")
-        sizes = (len(self),), (len(self) + 1,)
-        if (self._offsets.shape, self._label_starts.shape) != sizes:
-            raise ValueError(f"{folder}: damaged, its files don't fit together")
-
-    def _map(self, name: str, dims: int = 1) -> np.ndarray:
-        """An array of integers of so many dimensions, memory-mapped."""
         try:
-            array = np.load(self.folder / name, mmap_mode="r")
-            if array.ndim != dims or array.dtype.kind not in "iu":
-                raise ValueError(f"{array.dtype} {list(array.shape)}")
-            return array
-        except OSError:
-            raise
-        except Exception as e:  # of many types: numpy's header is Python, a .zip will do, too
-            raise ValueError(f"{self.folder / name}: damaged ({e})".splitlines()[0]) from e
-
-    def _shard(self, i: int) -> np.ndarray:
-        """Shard i's integers, memory-mapped: [clips, *stored_shape]."""
-        shard = self._shards.get(i)
-        if shard is None:
-            name, clips = f"shard-{i:05d}.npy", self._starts[i + 1] - self._starts[i]
-            shard = self._map(name, dims=3)
-            if len(shard) != clips:
-                path = self.folder / name
-                raise ValueError(f"{path}: damaged, {len(shard)} clips instead of {clips}")
-            shapes = {codec.name: codec.stored_shape for codec in (EncodecCodec, MelCodec)}
-            shape = shapes.get(self.codec.get("name"), shard.shape[1:])
-            if shard.shape[1:] != shape:
-                raise ValueError(f"{self.folder / name}: damaged, a clip has {shard.shape[1:]}")
-            if len(self._shards) < 640:  # a map keeps its file open, and 1,024 is a common limit
-                self._shards[i] = shard
-        return shard
+            self.codes = np.load(self.folder / "codes.npy", "r")
+            self.text = np.memmap(self.folder / "clips.jsonl", np.uint8, "r")
+        except (ValueError, EOFError, OverflowError) as e:
+            raise ValueError(f"{folder}: damaged ({e!r:.120})") from e
+        pieces = range(0, len(self.text), 2**26)  # of 64 MB
+        ends = [i + 1 + np.flatnonzero(self.text[i : i + 2**26] == ord("\n")) for i in pieces]
+        self.lines = np.concatenate([[0], *ends])  # line i is text[lines[i]:lines[i + 1]]
+        # Where clip i is in codes.npy: the digits with which its line begins, after {"row":
+        self.rows, at = np.zeros(len(self), np.int64), self.lines[:-1] + 7
+        number = np.ones(len(self), bool)
+        while number.any():  # a digit of all lines at a time
+            at += 1
+            digits = self.text.take(at, mode="clip") - np.uint8(ord("0"))  # unsigned
+            number &= digits < 10
+            self.rows = np.where(number, 10 * self.rows + digits, self.rows)
+        if (np.diff(self.rows, prepend=-1, append=len(self.codes)) < 1).any():
+            raise ValueError(f"{folder}/clips.jsonl: damaged, its lines' rows must rise")
 
     def __reduce__(self):  # on its way to a worker process: opened again there
         return LatentDataset, (self.folder,)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self.lines) - 1
 
     def stored(self, indices: Sequence[int]) -> Tensor:
         """The stored integers of these clips, in this order: [B, *codec.stored_shape]."""
-        indices = np.asarray(indices, np.int64)
-        shards = self._shard_of(indices)
-        first = self._shard(shards[0])
-        out = np.empty((len(indices), *first.shape[1:]), first.dtype)
-        for shard in np.unique(shards):  # one gather a shard
-            here = np.flatnonzero(shards == shard)
-            out[here] = self._shard(shard)[indices[here] - self._starts[shard]]
-        if out.dtype == np.uint16 and out.max() > 1023:  # a GPU would not survive looking it up
-            raise ValueError(f"{self.folder}: damaged, EnCodec has no code {out.max()}")
-        return torch.from_numpy(out)
-
-    def _shard_of(self, indices: np.ndarray) -> np.ndarray:
-        if indices.size == 0 or indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f"{self.folder}: clips are numbered 0 to {len(self) - 1}")
-        return np.searchsorted(self._starts, indices, side="right") - 1
+        codes = self.codes[self.rows[np.asarray(indices)]]
+        if self.codec.get("name") == "encodec" and codes.max() > 1023:  # no GPU survives that
+            raise ValueError(f"{self.folder}: damaged, EnCodec has no code {codes.max()}")
+        return torch.from_numpy(codes)
 
     def record(self, i: int) -> dict:
-        """Clip i's record: id, file, captions, labels, and whatever else its row had."""
-        shard = int(self._shard_of(np.asarray(i)))
-        with open(self.folder / f"shard-{shard:05d}.jsonl", "rb") as file:
-            try:
-                file.seek(self._offsets[i])
-                record = json.loads(file.readline())
-                captions = record["captions"]
-                if type(captions) is not list or {type(text) for text in captions} != {str}:
-                    raise ValueError("no captions")
-                return record
-            except (ValueError, LookupError, TypeError, RecursionError, OSError) as e:
-                raise ValueError(f"{file.name}: damaged at clip {i} ({e!r:.80})") from e
-
-    def label_ids(self, i: int) -> list[int]:
-        """Clip i's labels, as numbers of `labels`."""
-        return self._label_ids[self._label_starts[i] : self._label_starts[i + 1]].tolist()
-
-    def sampling_weights(self) -> Tensor:
-        """The probability of each clip, float64 [N], in a draw that is balanced over labels.
-
-        First a label is drawn, all alike, then one of its clips: p(clip) ∝ Σ 1 / (clips of label)
-        over the clip's labels. Clips without any are taken as having one more label of their own.
-        """
-        counts, ids = np.diff(self._label_starts), self._label_ids
-        known = len(ids) == 0 or 0 <= ids.min() <= ids.max() < len(self.labels)
-        if not known or counts.min() < 0 or counts.sum() != len(ids):
-            raise ValueError(f"{self.folder}: damaged, its labels don't fit together")
-        inverse = 1 / np.bincount(ids, minlength=len(self.labels)).clip(min=1)
-        clip = np.repeat(np.arange(len(self)), counts)  # the clip of each label id
-        weights = np.bincount(clip, inverse[ids], minlength=len(self)).astype(float)
-        weights[counts == 0] = 1 / max(1, np.sum(counts == 0))
-        return torch.from_numpy(weights / weights.sum())
-
-
-def check_dataset(folder: str | Path) -> str:
-    """Verify a stored data set to the byte. A line that sums it up, or ValueError: what is wrong.
-
-    Shards by their hashes, the rest by computing it from the shards again. Needs no codec.
-    """
-    data = LatentDataset(folder)
-    for i in tqdm(range(len(data._starts) - 1), unit="shard"):
-        path = data.folder / f"shard-{i:05d}.json"
-        done = read_json(path, ".npy", ".jsonl")
-        for suffix in (".npy", ".jsonl"):
-            with open(path.with_suffix(suffix), "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != done[suffix]:
-                    raise ValueError(f"{path.with_suffix(suffix)}: damaged, its bytes have changed")
-    for name, expected in _index(data.folder).items():
-        if (data.folder / name).read_bytes() != expected:
-            raise ValueError(f"{data.folder / name}: damaged, it isn't what the shards give")
-    codec = data.codec.get("name")
-    return f"{folder}: {len(data)} clips, {len(data.labels)} labels, {codec}: all is well"
-
-
-# ---------------------------------------------------------------------------------- tables
-
-
-def read_table(
-    table: str | Path, audio_folder: str | Path, class_labels: str | Path | None = None
-) -> list[dict]:
-    """A table of captions -> rows with id, file, captions, labels and the table's other columns.
-
-    .jsonl: a JSON object a line: file, caption or captions (list), labels (list).
-    .csv:   with a header line: file, caption, labels (separated by ';').
-    AudioSet's segments ("# YTID, start_seconds, …"): labels by `class_labels`. The file YTID.*,
-    YYTID.* or YTID_START.* below the audio folder is taken to be the segment, cut out already.
-    Several rows of one file become one, with all their captions and labels. Without a caption:
-    "The sound of LABEL" (P2, A.2). ValueError names the row that is wrong.
-    """
-    table = Path(table)
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-        if table.suffix == ".jsonl":
-            rows = [line for line in text.split("\n") if line.strip()]
-        elif text.startswith("#"):
-            rows = _audioset_rows(text.split("\n"), Path(audio_folder), class_labels)
-        else:
-            rows = list(csv.DictReader(io.StringIO(text)))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{table}: can't be read as a table ({e})") from e
-    if not rows:
-        raise ValueError(f"{table}: has no rows")
-    by_file: dict[str, dict] = {}
-    for n, raw in enumerate(rows, 1):
-        row = _row(raw, f"{table}, row {n}")
-        first = by_file.setdefault(row["file"], row)
-        for key in ("labels", "captions"):
-            first[key] += [text for text in row[key] if text not in first[key]]
-    for row in by_file.values():
-        row["captions"] = row["captions"] or ["The sound of " + ", ".join(row["labels"])]
-    return list(by_file.values())
-
-
-def _row(raw: dict | str, where: str) -> dict:
-    try:
-        raw = json.loads(raw) if isinstance(raw, str) else raw
-        labels, captions = raw.get("labels") or [], raw.get("captions") or raw.get("caption") or []
-        if isinstance(labels, str):
-            labels = labels.split(";")  # not ',': "Male speech, man speaking" is one label
-        captions = [captions] if isinstance(captions, str) else captions
-        labels = list(dict.fromkeys(x.strip() for x in labels if x.strip()))
-        captions = [x.strip() for x in captions if x.strip()]
-    except (ValueError, AttributeError, TypeError, RecursionError) as e:
-        raise ValueError(f"{where}: captions and labels must be texts ({e}): {raw!r:.200}") from e
-    if not isinstance(raw.get("file"), str) or not raw["file"] or None in raw:
-        raise ValueError(f"{where}: expected file, caption, labels (as columns or keys), got {raw}")
-    if not captions and not labels:
-        raise ValueError(f"{where}: {raw['file']} has neither a caption nor labels")
-    row = {key: value for key, value in raw.items() if key != "caption"}
-    return row | {"id": raw.get("id") or raw["file"], "labels": labels, "captions": captions}
-
-
-def _audioset_rows(lines: list[str], audio_folder: Path, class_labels) -> list[dict]:
-    if class_labels is None:
-        raise ValueError("a table of AudioSet's needs --class-labels class_labels_indices.csv")
-    with open(class_labels, encoding="utf-8-sig", newline="") as file:
+        """Clip i's record: row, id, captions, and whatever else its row had."""
         try:
-            names = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
-        except KeyError as e:
-            raise ValueError(f"{class_labels}: expected the columns index,mid,display_name") from e
-    suffixes = {f".{name.lower()}" for name in (*soundfile.available_formats(), "opus", "oga")}
-    files = {}  # name without suffix -> path
-    for folder, _, found in os.walk(audio_folder):
-        for stem, suffix in map(os.path.splitext, found):
-            if suffix.lower() in suffixes:
-                files[stem] = os.path.relpath(os.path.join(folder, stem + suffix), audio_folder)
-    rows = []
-    segments = (line for line in lines if line.strip() and not line.startswith("#"))
-    for fields in csv.reader(segments, skipinitialspace=True):
-        try:
-            ytid, start, _, mids = fields
-            labels = [names[mid] for mid in mids.split(",")]
-            stems = [ytid, f"Y{ytid}", f"{ytid}_{start}", f"{ytid}_{int(float(start))}"]
-        except (KeyError, ValueError, OverflowError) as e:
-            raise ValueError(f"not a segment with known labels: {fields} ({e})") from e
-        file = next((files[stem] for stem in stems if stem in files), f"{ytid}.*")
-        rows.append({"id": ytid, "file": file, "start": float(start), "labels": labels})
-    return rows
+            record = json.loads(self.text[self.lines[i] : self.lines[i + 1]].tobytes())
+            if {type(caption) for caption in record["captions"]} != {str}:
+                raise ValueError("no captions")
+            return record
+        except (ValueError, LookupError, TypeError, RecursionError) as e:
+            raise ValueError(f"{self.folder}/clips.jsonl: damaged at clip {i} ({e})") from e
 
 
-def load_row(row: dict, audio_folder: Path) -> Tensor:
-    """The clips of a row of `read_table`, [n, 161280]."""
-    several = row.get("several_clips", False)
-    seconds = None if several else CLIP_SAMPLES / SAMPLE_RATE
-    return to_clips(load_audio(audio_folder / row["file"], seconds), several)
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Encode audio into, or check, a stored data set.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="verify a stored data set to the byte")
-    check.add_argument("folder", type=Path)
-    encode = commands.add_parser(
-        "encode",
-        help="audio files and a table of captions -> stored data set",
-        description="Encode audio into a stored data set. What can't be read is skipped and listed "
-        "in skipped.csv.\nA killed run is continued by the same command; torchrun shares the work."
-        f"\n\nTABLE: {inspect.cleandoc(read_table.__doc__)}",
+    about = """audio files and a table of captions -> stored data set. What can't be read is listed
+in skipped.csv. A killed run is continued by the same command; torchrun shares the work.\n\n"""
+    parser = argparse.ArgumentParser(
+        description=about + "TABLE: " + inspect.cleandoc(read_table.__doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = encode.add_argument
-    add("audio_folder", type=Path, help="the table's file names are relative to it")
-    add("table", type=Path, help="a .csv or .jsonl file, or one of AudioSet's segment files")
+    add = parser.add_argument
+    add("command", choices=["encode"])
+    add("audio_folder", type=Path, help="where the table's files are, by name or by id")
+    add("table", type=Path, help="a .csv, .tsv, .jsonl or .json file")
     add("--out", type=Path, required=True, help="folder of the data set; continued if begun")
     add("--codec", choices=["encodec", "mel"], default="encodec", help="default: encodec")
     add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
     add("--several-clips", action="store_true", help="all of a long file, not its first 10.08 s")
     add("--batch-size", type=int, default=16, help="clips encoded at a time (default: 16)")
-    add("--shard-rows", type=int, default=2048, help="rows a shard (default: 2048)")
     add("--workers", type=int, default=2, help="processes that load audio (default: 2)")
     add("--device", help="default: cuda (under torchrun, one GPU a rank) if there is one, else cpu")
     add("--encodec-weights", type=Path, help="encodec_24khz-d7cc33bc.th, or its folder")
     args = parser.parse_args()
     try:
-        if args.command == "check":
-            print(check_dataset(args.folder))
-            return
-        device = pick_device(args.device)
-        if not args.audio_folder.is_dir():
-            raise FileNotFoundError(f"{args.audio_folder}: no such folder")
-        rows = read_table(args.table, args.audio_folder, args.class_labels)
-        if args.several_clips:
-            rows = [row | {"several_clips": True} for row in rows]
-        complete = encode_dataset(
-            args.out,
-            load_codec(args.codec, device, args.encodec_weights),
-            rows,
-            functools.partial(load_row, audio_folder=args.audio_folder),
-            shard_rows=args.shard_rows,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            rank=int(os.environ.get("RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        )
-        if complete:
-            made = read_json(args.out / "dataset.json")
-            clips, skipped = made["clips"], made["skipped"]
+        device, table = pick_device(args.device), (args.table, args.audio_folder, args.class_labels)
+        rows = rows_to_encode(*table, several_clips=args.several_clips)
+        codec = load_codec(args.codec, device, args.encodec_weights)
+        load = functools.partial(load_row, audio_folder=args.audio_folder)
+        options = {"batch_size": args.batch_size, "workers": args.workers}
+        options |= {"rank": int(os.environ.get("RANK", 0))}
+        options |= {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+        if encode_dataset(args.out, codec, rows, load, **options):
+            clips, skipped = map(read_json(args.out / "codec.json").get, ("clips", "skipped"))
             print(f"{args.out}: {clips} clips; {skipped} rows skipped, see skipped.csv")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -7,48 +7,35 @@
 
 y is the prompt, ∅ the empty text or the negative prompt. Image-to-image takes only the last share
 `strength` of the steps, from a recording's latent noised up to there: near 0 it gives the recording
-back; at 1 it takes all steps, from x_T as without a recording, and nothing of it is left. What of a
-recording is to be kept is inpainted around: there ε is known, since x_0 is. Beyond ten seconds each
-window keeps the last half of the one before it in the same way.
+back; at 1 it takes all steps, from x_T as without a recording, and nothing of it is left.
 
     python sample.py "dog barking"                              the tiny model; dog_barking.wav
     python sample.py "rain" "a cat meowing" -n 4 --seed 1 --out sounds
-    python sample.py "rain" --init-audio bark.wav --keep 0-3,6-10      rain where it isn't kept
-    python sample.py "a train passing by" --seconds 30          by windows that overlap
-    python sample.py "rain" --to "applause" -n 5                from one to the other, in five files
+    python sample.py "an owl hooting" --init-audio bark.wav --strength 0.6
     torchrun --nproc_per_node 8 sample.py --prompts test.csv --model runs/paper/model --out sounds
 
-or from Python:
-
-    from sample import generate, load_model
-    model = load_model("tiny/model")
-    waves = generate(model, ["dog barking"], seed=0)            # [1, 161280]
+or from Python: `generate(load_model("tiny/model"), ["dog barking"], seed=0)`, a wave [1, 161280].
 
 The same seed gives the same noise, bit for bit, whatever the batch size, the number of ranks or the
-device, and so the same sound up to rounding (to the bit at an equal batch size on the same CPU). A
-WAV's comment holds prompt, number and settings: `generate` with indices=[number] makes it again by
-itself. An empty prompt is allowed: what comes is any sound.
+device, and so the same sound up to rounding. A WAV's comment holds prompt, number and settings:
+`generate` with indices=[number] makes it again by itself. For inpainting, longer sounds, sounds
+between two prompts and pictures see appendix/edit.py.
 """
 
 import argparse
-import csv
-import io
 import json
-import math
 import os
-import re
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -56,28 +43,36 @@ from tqdm import tqdm
 import diffusion
 import latents
 from captions import TextEncoder
-from latents import CLIP_SAMPLES, SAMPLE_RATE
-from unet import ControlNet, UNet
+from unet import UNet
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
-CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
-MAX_SECONDS = 300.0
-FRAME_RATE = latents.FRAMES / CLIP_SECONDS  # 50 a second
-PROMPT_KEYS, NAME_KEYS = ("prompt", "caption", "captions"), ("name", "file", "youtube_id")
+SAMPLERS = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.ddpm}
+SETTINGS = ("seed", "steps", "guidance", "sampler", "negative", "strength", "precision")
 
 
 @dataclass
 class Model:
     """A model folder, loaded: all that stands between a prompt and a sound."""
 
-    unet: nn.Module  # a UNet, perhaps with a ControlNet
+    unet: nn.Module  # (x_t, t, text, text_mask) → prediction: a UNet, or what is wrapped around one
     encoder: TextEncoder
     codec: latents.EncodecCodec | latents.MelCodec
     stats: latents.LatentStats
     alphas_cumprod: Tensor  # of the noise schedule
     prediction: str  # what the U-Net predicts: "eps", "v" or "x0"
-    guidance: float  # the scale to use when nobody says
+    guidance: float  # the scale and
+    steps: int  # the number of steps to take when nobody says
     device: torch.device
+
+    def latent(self, wave: Tensor) -> Tensor:
+        """A recording [samples], 16 kHz, cut or padded to 10.08 s -> its x_0 [1, C, 24, 21]."""
+        stored = self.codec.encode(latents.to_clips(wave).to(self.device))
+        return self.codec.to_grid(self.stats.normalize(self.codec.dequantize(stored)))
+
+    def wave(self, x_0: Tensor) -> Tensor:
+        """x_0 [B, C, 24, 21] -> waves [B, 161280] on the CPU: for each row of the 24, 6,720."""
+        z = self.stats.denormalize(self.codec.to_sequence(x_0))  # [B, C, 504]
+        return self.codec.decode(z).float().cpu()
 
 
 def load_model(
@@ -86,142 +81,34 @@ def load_model(
     """Load a model folder (train.py writes them) onto "cpu" or "cuda" (None: cuda if there is).
 
     From here on this process also keeps freed memory (see latents.py), which is faster on CPUs.
-    FileNotFoundError or ValueError, one line, if it isn't one or its parts don't fit together.
     """
     folder, device = Path(folder).resolve(), latents.pick_device(device)
     latents.keep_freed_memory()
-    if not (folder / "model.json").is_file():
-        raise FileNotFoundError(f"{folder}: not a model folder (no model.json); train.py makes one")
+    about = {"schedule_shift": 1.0, "guidance": 6.5, "steps": 45}  # of older folders
+    keys = ("text_encoder", "max_length", "mask", "codec", "schedule", "prediction")
+    about |= latents.read_json(folder / "model.json", *keys)
     try:
-        about = json.loads((folder / "model.json").read_bytes())
-        text = about["text_encoder"], int(about["max_length"]), about["mask"]
-        codec, prediction = dict(about["codec"]), about["prediction"]
-        if prediction not in diffusion.PREDICTIONS:
-            raise ValueError(f"prediction {prediction!r}")
+        name = about["text_encoder"]  # a hub's, or the folder's own
+        name = str(folder / name) if (folder / name).is_dir() else name
+        encoder = TextEncoder(name, about["max_length"], about["mask"], device=device)
+        if (folder / "words.safetensors").is_file():  # learned by textual inversion
+            encoder.add_words(load_file(folder / "words.safetensors"))
+        codec = latents.load_codec(about["codec"], device, encodec_weights)
+        stats = latents.LatentStats.load(folder / "latent_stats.safetensors")
         alphas_cumprod = diffusion.SCHEDULES[about["schedule"]]()
-        alphas_cumprod = diffusion.shifted(alphas_cumprod, about.get("schedule_shift", 1)).to(
-            device
-        )
-        guidance = float(about.get("guidance", 6.5))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-        raise ValueError(f"{folder}/model.json: damaged, or not of a model folder ({e!r})") from e
-    encoder = TextEncoder(*text, device=device)
-    codec = latents.load_codec(codec, device, encodec_weights)
-    unet = UNet.from_pretrained(folder / "unet").eval()
-    stats = latents.LatentStats.load(folder / "latent_stats.safetensors")
-
-    c, shapes = unet.config, [list(stats.mean.shape), list(stats.std.shape)]
-    if not c.in_channels == c.out_channels == codec.channels or shapes != [[codec.channels]] * 2:
-        raise ValueError(
-            f"{folder}: its parts don't fit together: the codec has {codec.channels} channels, the "
-            f"U-Net {c.in_channels} in and {c.out_channels} out, the statistics {shapes}"
-        )
-    if encoder.dim != (c.text_dim or c.cross_attention_dim):
-        raise ValueError(f"{folder}: its U-Net is not for text states {encoder.dim} wide")
+        alphas_cumprod = diffusion.shifted(alphas_cumprod, about["schedule_shift"]).to(device)
+        unet = UNet.from_pretrained(folder / "unet").eval()
+        rest = about["prediction"], float(about["guidance"]), int(about["steps"])
+    except (LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
+        raise ValueError(f"{folder}: damaged, or its parts don't fit together ({e!r:.80})") from e
     unet.to(device, memory_format=torch.channels_last)
-    return Model(unet, encoder, codec, stats, alphas_cumprod, prediction, guidance, device)
+    return Model(unet, encoder, codec, stats, alphas_cumprod, *rest, device)
 
 
-# ---- what appendix/adapt.py makes, added to a model ----------------------------------------------
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file and its metadata; ValueError for any other."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except safetensors.SafetensorError as e:
-        raise ValueError(f"{path}: damaged, or no safetensors file ({e})") from e
-
-
-def add_embedding(model: Model, path: str | Path) -> None:
-    """New words for prompts: textual inversion. ValueError for another text encoder's."""
-    words, about = read_tensors(path)
-    if about.get("text_encoder") != model.encoder.identity():
-        raise ValueError(f"{path}: no words for this model's text encoder, {model.encoder.name}")
-    if not words:
-        raise ValueError(f"{path}: no words in it")
-    model.encoder.add_words(words)
-
-
-@torch.no_grad()
-def add_lora(model: Model, path: str | Path, scale: float = 1.0) -> None:
-    """W ← W + scale·B·A, low-rank changes of some of the U-Net's weights; those of several files
-    add up. ValueError, before anything is changed, for a file that isn't of this architecture."""
-    tensors, about = read_tensors(path)
-    try:
-        about = json.loads(about.get("lora_adapter_metadata", "{}"))  # diffusers'
-        about = {key.removeprefix("unet."): value for key, value in about.items()}
-        scale *= about.get("lora_alpha", 1) / about.get("r", 1)
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
-        raise ValueError(f"{path}: its metadata are damaged ({e!r:.80})") from e
-    weights, changes = dict(model.unet.named_parameters()), {}
-    for name in sorted({key.partition(".lora_")[0] for key in tensors}):
-        A, B = (tensors.pop(f"{name}.lora_{x}.weight", torch.empty(0, 0)) for x in "AB")
-        W = weights.get(name.removeprefix("unet.") + ".weight", torch.empty(0))
-        if W.dim() != 2 or (*B.shape[:1], *A.shape[1:]) != W.shape or B.shape[1:] != A.shape[:1]:
-            raise ValueError(f"{path}: no LoRA for this U-Net: {name} doesn't fit")
-        changes[W] = scale * (B.to(W) @ A.to(W))
-    if tensors or not changes:
-        raise ValueError(f"{path}: expected NAME.lora_A.weight and NAME.lora_B.weight, and no more")
-    for W, change in changes.items():
-        W += change
-
-
-def add_control(model: Model, folder: str | Path, wave: Tensor) -> None:
-    """From now on the sounds follow the loudness of `wave`, 16 kHz [samples], by a ControlNet.
-    ValueError for another U-Net's."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if isinstance(model.unet, Controlled):
-        raise ValueError(f"{folder}: a second ControlNet; there can be one, and LoRA before it")
-    net = ControlNet.from_pretrained(folder)
-    if net.config != model.unet.config:
-        raise ValueError(f"{folder}: the ControlNet of another U-Net")
-    net.eval().to(model.device, memory_format=torch.channels_last)
-    stored = model.codec.encode(latents.to_clips(wave).to(model.device))
-    model.unet = Controlled(model.unet, net, latents.loudness(model.codec, stored))
-
-
-class Controlled(nn.Module):
-    """A U-Net and the ControlNet that makes it follow `picture` [1, 1, 24, 21]."""
-
-    def __init__(self, unet: UNet, net: ControlNet, picture: Tensor):
-        super().__init__()
-        self.unet, self.net, self.picture = unet, net, picture
-
-    def forward(self, x_t: Tensor, *rest) -> Tensor:
-        control = self.net(self.picture.expand(len(x_t), -1, -1, -1), x_t, *rest)
-        return self.unet(x_t, *rest, control=control)
-
-
-def file_and_scale(text: str) -> tuple[str, float]:
-    """ "FILE:0.5" -> (FILE, 0.5); without a scale 1."""
-    file, _, scale = text.rpartition(":")
-    try:
-        return (file, float(scale)) if file else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-# ---- sampling ------------------------------------------------------------------------------------
-
-
-def noise_generators(seed: int, indices: list[int]) -> list[torch.Generator]:
+def noise_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     """A CPU generator for each sample, from (seed, number of the sample) and nothing else."""
     states = [np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] for i in indices]
     return [torch.Generator().manual_seed(int(s) % 2**63) for s in states]
-
-
-def kept_frames(keep: list[tuple[float, float]]) -> Tensor:
-    """bool [504]: the frames within these spans of seconds. ValueError for what is no span."""
-    kept = torch.zeros(latents.FRAMES, dtype=torch.bool)
-    for start, end in keep:
-        if not 0 <= start < end <= CLIP_SECONDS:
-            raise ValueError(f"keep {start:g}-{end:g}: expected seconds of 0 to {CLIP_SECONDS}")
-        kept[round(start * FRAME_RATE) : round(end * FRAME_RATE)] = True
-    return kept
 
 
 @torch.no_grad()
@@ -229,403 +116,170 @@ def generate(
     model: Model,
     prompts: list[str],
     *,
-    seed: int = 0,
-    steps: int = 45,
+    steps: int | None = None,
     guidance: float | None = None,
+    seed: int = 0,
     sampler: str = "pndm",
     negative: str = "",
-    to: str = "",
-    shares: list[float] | None = None,
-    seconds: float = CLIP_SECONDS,
     init_audio: Tensor | None = None,
     strength: float = 0.8,
-    keep: list[tuple[float, float]] | None = None,
     batch_size: int = 8,
-    indices: list[int] | None = None,
-    precision: str = "bf16",
+    indices: Sequence[int] | None = None,
+    precision: str = "auto",
     progress: bool = False,
-    watch: Callable[[int, Tensor], None] | None = None,
+    decode: bool = True,
 ) -> Tensor:
-    """Sounds for `prompts`: float32 [N, seconds · 16,000] at 16 kHz, on the CPU.
+    """Sounds for `prompts`: float32 [N, 161280] at 16 kHz, on the CPU; or x_0, not to `decode`.
 
+    steps, guidance: None for the model's own; guidance 0 ignores the prompts, 1 is no guidance.
     seed, indices: sample i's noise comes from (seed, indices[i]); indices default to 0 … N−1.
-    guidance: the scale s, 0: ignore the prompt, 1: no guidance; None: the model folder's own.
-    negative: prompt to lead away from. to, shares: another prompt, and how much of it is in each
-    sample: 0, only the sample's own, to 1. sampler: "pndm", "ddim" or "ddpm". precision: "bf16" or
-    "fp32", of the U-Net. seconds: above 10.08, window after window, each the continuation of the
-    last half of the one before. init_audio: samples at 16 kHz to start from. strength: the share of
-    the steps to take, above 0 … 1. keep: [(start, end), …] in seconds: what of init_audio is to
-    stay, as the codec gives it back.
-    watch(t, x_t [B, C, 504]) is called whenever the network is. ValueError for what can't be done.
+    sampler: one of SAMPLERS. negative: prompt to lead away from. init_audio: samples at 16 kHz to
+    start from; strength: the share of the steps to take then, above 0 … 1. precision: of the
+    U-Net, "bf16", "fp32" or "auto", see latents.pick_precision.
     """
-    guidance = model.guidance if guidance is None else guidance
-    indices = list(range(len(prompts)) if indices is None else indices)
     alphas_cumprod, device = model.alphas_cumprod, model.device
-    samplers = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.ddpm}
-    if precision not in ("bf16", "fp32"):
-        raise ValueError(f"precision {precision!r}: expected bf16 or fp32")
+    steps = model.steps if steps is None else steps
+    guidance = model.guidance if guidance is None else guidance
+    indices = range(len(prompts)) if indices is None else indices
+    bf16 = latents.pick_precision(precision, device) == "bf16"
     if isinstance(prompts, str) or not 0 < len(prompts) == len(indices):
         raise ValueError(f"expected a list of prompts, as long as indices, not {prompts!r:.60}")
-    if sampler not in samplers:
-        raise ValueError(f"sampler {sampler!r}: expected one of {', '.join(samplers)}")
-    if not 0 <= guidance < np.inf:
-        raise ValueError(f"guidance {guidance}: expected 0 or more, the papers use 3.5 to 7.5")
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength {strength}: expected above 0 (the recording) to 1 (pure noise)")
-    if not 1 / SAMPLE_RATE <= seconds <= MAX_SECONDS:
-        raise ValueError(f"{seconds:g} seconds: expected above 0, at most {MAX_SECONDS:g}")
-    if to and not (len(shares or []) == len(prompts) and all(0 <= w <= 1 for w in shares)):
-        raise ValueError(f"shares {shares}: expected a number of 0 to 1 for each of the prompts")
-    if keep and init_audio is None:
-        raise ValueError("keep: there is no recording (init_audio) to keep anything of")
-
-    # The first window starts from init_audio and keeps what it is told to keep of it; any other one
-    # keeps the second half of the window before it, as its own first half.
-    windows, half = 1 + math.ceil(max(0.0, seconds / CLIP_SECONDS - 1) * 2), latents.GRID[0] // 2
-    first_half = (torch.arange(latents.GRID[0], device=device) < half)[:, None]  # [24, 1]
-    kept = latents.to_grid(kept_frames(keep or [])).to(device)  # [24, 21]
-    x_init = torch.zeros(1, model.codec.channels, *latents.GRID, device=device)
-    timesteps = first = diffusion.timestep_sequence(len(alphas_cumprod), steps)
-    if init_audio is not None:
-        stored = model.codec.encode(latents.to_clips(init_audio).to(device))
-        x_init = latents.to_grid(model.stats.normalize(model.codec.dequantize(stored)))
-        first = timesteps[-max(1, round(strength * steps)) :]
-
+    timesteps, start = diffusion.timestep_sequence(len(alphas_cumprod), steps), None
+    if init_audio is not None and strength < 1:
+        timesteps = timesteps[-max(1, round(strength * steps)) :]
+        start = model.latent(init_audio)
     # In bf16 once. Autocast alone would cast those of Conv3x3 at every step: it keeps no views.
-    weights = dict(model.unet.named_parameters()) if precision == "bf16" else {}
+    weights = dict(model.unet.named_parameters()) if bf16 else {}
     weights = {name: W.bfloat16() for name, W in weights.items() if W.dim() > 1}
 
-    batches = range(0, len(prompts), batch_size)
-    calls = len(first) + (windows - 1) * steps + windows * (sampler == "pndm")
-    bar = tqdm(total=calls * len(batches), unit="step", leave=False, disable=not progress or None)
-    waves = []
-    for start in batches:
-        part = slice(start, start + batch_size)
-        texts, generators = list(prompts[part]), noise_generators(seed, indices[part])
-        # One call of the network a step: first part of the batch without, second with the prompt;
-        # the third, if there is one, with the prompt to share with.
-        parts, share = [negative] * len(texts) + texts, None
-        if to:
-            parts += [to] * len(texts)
-            share = torch.tensor(shares[part], dtype=torch.float32, device=device)
-            share = share.view(-1, 1, 1, 1)
-        text, mask = model.encoder(parts)
+    batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
+    calls = len(batches) * (len(timesteps) + (sampler == "pndm"))
+    bar, sounds = tqdm(total=calls, unit="step", leave=False, disable=not progress or None), []
+    for batch in batches:
+        # One call of the network a step, for 2B: first half without, second half with the prompts.
+        text, mask = model.encoder([negative] * len(prompts[batch]) + list(prompts[batch]))
         text = text.float()  # on CUDA the encoder gives bf16
 
-        def network(x_t: Tensor, t: int, text=text, mask=mask, n=len(texts)) -> Tensor:
+        def network(x_t: Tensor, t: int, text=text, mask=mask) -> Tensor:
             bar.update()
-            if watch is not None:
-                watch(t, latents.to_sequence(x_t[:n]))
             return functional_call(model.unet, weights, (x_t, t, text, mask)).float()
 
-        eps = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
-        eps = diffusion.guided(eps, guidance, share)
-        options = {"generator": generators} if sampler == "ddpm" else {}
+        eps_model = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
+        # Guidance: ε = ε_∅ + s·(ε_y − ε_∅)
+        eps_model = diffusion.guided(eps_model, guidance)
 
-        def denoise(known, kept, timesteps, noised, eps=eps, rngs=generators, options=options):
-            """A window [B, C, 24, 21], from what is `known` if that is to be `noised`, or else from
-            noise; where it is `kept` it stays."""
-            size = (len(rngs), model.codec.channels, *latents.GRID)
-            x = diffusion.randn_like(torch.empty(size, device=device), rngs)
-            if noised:
-                t = torch.tensor(timesteps[:1], device=device)
-                x = diffusion.add_noise(known, x, t, alphas_cumprod)
-            eps = diffusion.inpainted(eps, known, kept, alphas_cumprod)
-            x = samplers[sampler](eps, x, alphas_cumprod, steps, timesteps=timesteps, **options)
-            return torch.where(kept, known, x)  # the samplers end at ᾱ_0, not quite at 1
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            pieces = [denoise(x_init, kept, first, init_audio is not None and strength < 1)]
-            for _ in range(windows - 1):  # rows of the grid are time: a row is 0.42 s
-                known = F.pad(pieces[-1][..., -half:, :], (0, 0, 0, half))
-                pieces.append(denoise(known, first_half, timesteps, False)[..., half:, :])
-        z = latents.to_sequence(torch.cat(pieces, dim=2))  # [B, C, 504 + 252·(windows − 1)]
-        waves.append(model.codec.decode(model.stats.denormalize(z)).float().cpu())
+        generators = noise_generators(seed, indices[batch])
+        x_t = torch.empty(len(generators), model.codec.channels, *latents.GRID, device=device)
+        x_t = diffusion.randn_like(x_t, generators)
+        if start is not None:
+            t = torch.tensor(timesteps[:1], device=device)
+            x_t = diffusion.add_noise(start, x_t, t, alphas_cumprod)
+        rest = {"timesteps": timesteps} | ({"generator": generators} if sampler == "ddpm" else {})
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x_0 = SAMPLERS[sampler](eps_model, x_t, alphas_cumprod, steps, **rest)
+        sounds.append(model.wave(x_0) if decode else x_0)
     bar.close()
-    return torch.cat(waves)[:, : round(seconds * SAMPLE_RATE)]
+    return torch.cat(sounds)
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def cut(text: str, size: int) -> str:
-    """As many whole characters as fit into `size` bytes."""
-    return text.encode()[:size].decode(errors="ignore")
+def make_parser(description: str) -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style)
+    add, prompts = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("prompt", nargs="*", default=[], help="what to hear; one or several")
+    prompts.add_argument("--prompts", type=Path, help="or a file: .txt, a line each, or a table")
+    add("--model", type=Path, default=TINY, help="model folder [tiny/model]")
+    add("--out", type=Path, default=Path("."), help="folder, or a .wav for a single sound [.]")
+    add("-n", type=int, default=1, help="sounds for each prompt [1]")
+    add("--seed", type=int, default=0, help="same seed, same noise [0]")
+    add("--steps", type=int, help="denoising steps, 10 or more [the model's]")
+    add("--guidance", type=float, help="the scale s: how closely to follow the prompt, at the cost "
+        "of variety; 1 is no guidance [the model's]")  # fmt: skip
+    add("--sampler", choices=SAMPLERS, default="pndm", help="[pndm]")
+    add("--negative", default="", help="prompt to lead away from")
+    add("--init-audio", type=Path, help="recording to start from (image-to-image)")
+    add("--strength", type=float, default=0.8, help="how far from it: 1 forgets it [0.8]")
+    add("--batch-size", type=int, default=8, help="sounds at a time [8]")
+    add("--device", help="cpu or cuda [cuda where there is one]")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the U-Net [auto]")
+    add("--encodec-weights", help="EnCodec's weights, for models that decode with it")
+    return parser
 
 
-def safe_name(text: str, given: bool = False) -> str:
-    """A file name for any prompt: lower case, letters and digits of any script, "sound" if there
-    are none. One that was `given` keeps its case, dots and hyphens: YouTube's ids need them."""
-    if given:
-        name = re.sub(r"[^\w.-]+", "_", re.split(r"[/\\]", text)[-1]).lstrip(".")
-        name = re.sub(r"\.(wav|flac|ogg|mp3|m4a)$", "", name, flags=re.I)
-    else:
-        name = cut(re.sub(r"[\W_]+", "_", text.lower()).strip("_"), 60).rstrip("_")
-    return cut(name, 200) or "sound"
+def plan(args: argparse.Namespace) -> tuple[list[str], list[Path]]:
+    """The prompt and the file of each sound."""
+    pairs = [(latents.safe_name(prompt), prompt) for prompt in args.prompt]
+    if args.prompts and args.prompts.suffix.lower() == ".txt":
+        lines = map(str.strip, args.prompts.read_text(encoding="utf-8-sig").split("\n"))
+        pairs = [(latents.safe_name(line), line) for line in lines if line]
+    elif args.prompts:
+        clips = [clip for clip in latents.read_table(args.prompts) if clip["captions"]]
+        pairs = [(latents.safe_name(clip["id"], given=True), clip["captions"][0]) for clip in clips]
+    if not pairs:
+        raise ValueError(f"{args.prompts}: no prompts in it")
+    folder, files = args.out, {}
+    if folder.suffix.lower() == ".wav":
+        folder, pairs = folder.parent, [(folder.stem, prompt) for _, prompt in pairs]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, prompt in pairs:
+        for _ in range(args.n):
+            path = free_path(folder / f"{name}.wav", files)
+            files[path] = prompt.encode(errors="replace").decode()  # no tokenizer takes "\ud83d"
+    prompts, paths = list(files.values()), list(files)
+    if "WORLD_SIZE" in os.environ:  # rank 0 names all files, before there are any of this run
+        dist.init_process_group("gloo")
+        dist.broadcast_object_list(paths)
+        dist.destroy_process_group()
+    return prompts, paths
 
 
 def free_path(path: Path, taken: Collection[Path] = ()) -> Path:
-    """`path`, or the first of path-2, path-3, … that is not taken, and whose PNG isn't either."""
+    """`path`, or the first of path-2, path-3, … that is not taken and doesn't exist."""
     first, n = path, 1
-    while path in taken or path.exists() or path.with_suffix(".png").exists():
+    while path in taken or path.exists():
         n += 1
         path = first.with_stem(f"{first.stem}-{n}")
     return path
 
 
-def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """(file name, prompt) pairs from a text file (a prompt a line), a CSV or a JSONL file.
-
-    CSV and JSONL: `prompt`, `caption` or `captions`; `name`, `file` or `youtube_id` if files are to
-    be called by it. Of prompts with one name the first is taken, and a warning says so: AudioCaps'
-    test.csv has five captions a clip. ValueError names the record that is wrong.
-    """
-    kind, pairs = path.suffix.lower(), {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = [line.strip() for line in text.split("\n") if line.strip()]
-        if kind == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text)))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{path}: can't be read as a list of prompts ({e})") from e
-    for number, row in enumerate(rows, 1):
-        try:
-            if kind != ".csv":
-                row = json.loads(row) if kind in (".jsonl", ".json") else {"prompt": row}
-            name, prompt = (
-                next((row[key] for key in keys if row.get(key) is not None), None)
-                for keys in (NAME_KEYS, PROMPT_KEYS)
-            )
-            name = None if name == "" else name
-            prompt = prompt[0] if isinstance(prompt, list) else prompt
-            if not isinstance(prompt, str) or None in row:
-                raise ValueError("more fields than columns" if None in row else "no prompt")
-        except (ValueError, AttributeError, IndexError, RecursionError) as e:
-            expected = f"one of {', '.join(PROMPT_KEYS)} and perhaps of {', '.join(NAME_KEYS)}"
-            raise ValueError(f"{path}, record {number}: {e}; expected {expected}") from e
-        file_name = safe_name(prompt) if name is None else safe_name(str(name), given=True)
-        pairs.setdefault(number if name is None else str(name), (file_name, prompt))
-    if not pairs:
-        raise ValueError(f"{path}: no prompts in it")
-    if len(pairs) < len(rows):
-        first = f"{len(rows)} prompts for {len(pairs)} names, the first of each is taken"
-        warnings.warn(f"{path}: {first}", stacklevel=2)
-    return list(pairs.values())
-
-
-def save_spectrogram(path: Path, wave: Tensor, title: str) -> None:
-    """A PNG: level in dB over time and frequency."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    window = torch.hann_window(1024)
-    spectrum = torch.stft(wave, 1024, 256, window=window, pad_mode="constant", return_complex=True)
-    decibel = 20 * torch.log10(spectrum.abs().clamp(min=1e-4))
-    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
-    extent, top = (0, len(wave) / SAMPLE_RATE, 0, SAMPLE_RATE / 2000), decibel.max().item()
-    axis.imshow(decibel, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top)
-    axis.set_title(title[:80], parse_math=False)  # or "$" would begin a formula
-    axis.set(xlabel="seconds", ylabel="kHz")
-    save_figure(path, figure)
-
-
-def save_figure(path: Path, figure) -> None:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    plt.close(figure)
-    latents.write_aside(path, buffer.getvalue())
-
-
-def save_steps(path: Path, seen: dict[int, Tensor], title: str) -> None:
-    """A PNG: latents x_t, {t: [C, 504]}, over frames and channels, from noise to sound."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (8, 0.4 + 1.2 * len(seen))
-    figure, axes = plt.subplots(len(seen), figsize=size, layout="constrained", squeeze=False)
-    for axis, (t, x_t) in zip(axes[:, 0], sorted(seen.items(), reverse=True), strict=True):
-        axis.imshow(x_t.cpu(), origin="lower", aspect="auto", vmin=-3, vmax=3)
-        axis.set(xticks=[], yticks=[], ylabel=f"t = {t}")
-    figure.suptitle(title[:80], parse_math=False)
-    save_figure(path, figure)
-
-
-def spans(text: str) -> list[tuple[float, float]]:
-    """ "0-3,6-10" -> [(0, 3), (6, 10)]."""
-    pairs = [part.split("-") for part in text.split(",")]
-    return [(float(start), float(end)) for start, end in pairs]
-
-
-def step_numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("prompt", nargs="*", help="what to hear; several make several files")
-    add("--prompts", type=Path, help="file of prompts: text (one a line), CSV or JSONL")
-    add("--model", type=Path, default=TINY, help="model folder [tiny/model]")
-    add("--embedding", action="append", default=[], metavar="FILE", help="new words for prompts; "
-        "may be repeated (this and the next three: appendix/adapt.py)")  # fmt: skip
-    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="low-rank changes of "
-        "the U-Net's weights; may be repeated, they add up")  # fmt: skip
-    add("--controlnet", metavar="FOLDER", help="what makes the sounds follow --control")
-    add("--control", metavar="AUDIO", help="recording whose loudness to follow")
-    add("--out", type=Path, default=Path("."), help="folder, or a .wav for a single sound [.]")
-    add("-n", type=int, default=1, help="sounds for each prompt [1]")
-    add("--seed", type=int, default=0, help="same seed, same noise [0]")
-    add("--steps", type=int, default=45, help="denoising steps: more are slower, finer [45]")
-    add("--guidance", type=float, help="the scale s: how closely to follow the prompt, at the cost "
-        "of variety; 1 is no guidance [what the model folder says, else 6.5]")  # fmt: skip
-    add("--sampler", choices=("pndm", "ddim", "ddpm"), default="pndm", help="[pndm]")
-    add("--negative", default="", help="prompt to lead away from")
-    add("--to", default="", metavar="PROMPT", help="with -n 2 or more: go from the prompt to this "
-        "one, with one and the same noise")  # fmt: skip
-    add("--seconds", type=float, default=CLIP_SECONDS, help="length; above 10.08 by windows that "
-        "continue each other [10.08]")  # fmt: skip
-    add("--init-audio", type=Path, help="recording to start from (image-to-image)")
-    add("--strength", type=float, help="how far from it: 1 forgets it [0.8; with --keep 1]")
-    add("--keep", type=spans, default=[], metavar="A-B,C-D", help="seconds of it that stay as they "
-        "are, whatever the strength (inpainting)")  # fmt: skip
-    add("--spectrogram", action="store_true", help="write a PNG beside each WAV")
-    add("--steps-image", type=step_numbers, default=[], metavar="I,J,…", help="write a PNG of the "
-        "latent at these denoising steps (P2, figure 8), say 1,10,20,30,40,45")  # fmt: skip
-    add("--batch-size", type=int, default=8, help="sounds at a time [8]")
-    add("--device", help="cpu or cuda [cuda where there is one]")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the U-Net [bf16]")
-    add("--encodec-weights", help="EnCodec's weights, for models that decode with it")
-    args = parser.parse_args(arguments)
-    if bool(args.prompt) == bool(args.prompts):
-        parser.error('say what to hear: python sample.py "dog barking", or --prompts FILE')
-    if bool(args.control) != bool(args.controlnet):
-        parser.error("--control and --controlnet go together")
-    if args.control and args.seconds > CLIP_SAMPLES / SAMPLE_RATE:
-        parser.error("--control is the loudness of one clip: --seconds 10.08 at most")
-    if args.n < 1 or args.batch_size < 1 or args.seed < 0:
-        parser.error("-n and --batch-size are 1 or more, --seed is 0 or more")
-    if not 1 / SAMPLE_RATE <= args.seconds <= MAX_SECONDS:
-        parser.error(f"--seconds {args.seconds}: expected above 0, at most {MAX_SECONDS:g}")
-    if args.strength is None:
-        args.strength = 1.0 if args.keep else 0.8
-    if args.keep and not args.init_audio:
-        parser.error("--keep is for --init-audio")
-    if args.to and args.n < 2:
-        parser.error("--to needs -n 2 or more: that many sounds from the prompt to the other one")
-    if not all(1 <= i <= args.steps for i in args.steps_image):
-        parser.error(f"--steps-image: expected steps of 1 to {args.steps}")
-    if args.init_audio and args.steps_image and 0 < args.strength <= 1:
-        skipped = args.steps - max(1, round(args.strength * args.steps))
-        if min(args.steps_image) <= skipped:
-            parser.error(f"--steps-image: with this --strength the first step is {skipped + 1}")
-    return args
-
-
-def run(args: argparse.Namespace) -> None:
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    pairs = read_prompts(args.prompts) if args.prompts else [(safe_name(p), p) for p in args.prompt]
-    if not all(prompt.strip() for _, prompt in pairs):
-        warnings.warn("an empty prompt: what comes is any sound", stacklevel=2)
-    names, prompts = zip(*[pair for pair in pairs for _ in range(args.n)], strict=True)
-    # What isn't Unicode, half of a \ud83d\udc36, becomes "?": no tokenizer takes it.
-    prompts = [prompt.encode(errors="replace").decode() for prompt in prompts]
-
-    folder, paths = args.out, {}
-    if folder.suffix.lower() == ".wav":
-        if len(prompts) > 1:
-            raise ValueError(f"--out {folder}: one file for {len(prompts)} sounds: give a folder")
-        folder, names = folder.parent, [folder.stem]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise OSError(f"--out {folder}: not a folder to write to ({e.strerror})") from e
-    for name in names:
-        paths[free_path(folder / f"{name}.wav", paths)] = name
-    paths = list(paths)
-    if ranks > 1:  # rank 0 looked before there was any sound of this run: all take its names
-        dist.init_process_group("gloo")
-        dist.broadcast_object_list(paths)
-
-    init_audio = latents.load_audio(args.init_audio, CLIP_SECONDS) if args.init_audio else None
+def run(
+    args: argparse.Namespace, make: Callable[..., Tensor] = generate, keys: tuple = SETTINGS
+) -> Iterator[tuple[int, Path, Tensor]]:
+    """Write the sounds that `args` ask for, and yield number, file and wave of each: from `make`,
+    which is like `generate`, with these keys of its settings."""
+    warnings.showwarning = lambda text, *_: tqdm.write(f"warning: {text}", file=sys.stderr)
+    prompts, paths = plan(args)
+    init_audio = latents.load_audio(args.init_audio, 10.08) if args.init_audio else None
     model = load_model(args.model, args.device, args.encodec_weights)
-    for path in args.embedding:
-        add_embedding(model, path)
-    for lora in args.lora:
-        add_lora(model, *file_and_scale(lora))
-    if args.control:
-        add_control(model, args.controlnet, latents.load_audio(args.control))
+    args.steps = model.steps if args.steps is None else args.steps
     args.guidance = model.guidance if args.guidance is None else args.guidance
-    keys = ("seed", "steps", "guidance", "sampler", "negative", "to", "seconds", "strength", "keep")
-    settings = {key: getattr(args, key) for key in (*keys, "precision")}
-    # Cut: libsndfile reads back 2,000 bytes at most, and the text encoder takes 50 tokens or so.
-    about = settings | {"negative": cut(args.negative, 300), "to": cut(args.to, 300)}
-    about["model"] = "/".join(args.model.resolve().parts[-2:])
-    adapted = [*args.embedding, *args.lora, args.controlnet, args.control]
-    if adapted := ["/".join(Path(x).parts[-3:]) for x in adapted if x]:
-        about["adapted"] = cut(", ".join(adapted), 300)
+    args.precision = latents.pick_precision(args.precision, model.device)
+    settings = {key: getattr(args, key) for key in keys}
+    about = settings | {"model": "/".join(args.model.resolve().parts[-2:])}
     about["init_audio"] = args.init_audio and args.init_audio.name
-
-    timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), args.steps)
-    if timesteps[0] < 0.89 * len(model.alphas_cumprod) and args.init_audio is None:
-        print(f"warning: {args.steps} steps begin at t = {timesteps[0]}, as if noise were nearly a "
-              "sound: take 10 or more", file=sys.stderr)  # fmt: skip
-    seen = {timesteps[i - 1]: None for i in args.steps_image}
-
-    def watch(t: int, x_t: Tensor) -> None:
-        if t in seen:
-            seen[t] = x_t.clone()
-
-    mine = list(range(rank, len(prompts), ranks))
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = range(rank, len(prompts), ranks)
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    settings |= {"batch_size": args.batch_size, "progress": rank == 0, "init_audio": init_audio}
     for batch in tqdm(batches, unit="batch", disable=rank > 0 or len(batches) < 2):
-        numbers = batch
-        if args.to:  # a prompt's sounds have one noise, and share more and more with the other
-            numbers = [i // args.n for i in batch]
-            settings["shares"] = [i % args.n / (args.n - 1) for i in batch]
-        settings |= {"indices": numbers, "batch_size": len(batch), "progress": rank == 0}
-        settings |= {"init_audio": init_audio, "watch": watch}
-        waves = generate(model, [prompts[i] for i in batch], **settings)
-        for k, (i, wave) in enumerate(zip(batch, waves, strict=True)):
-            comment = {"prompt": cut(prompts[i], 600), "sample": numbers[k], **about}
-            if args.to:
-                comment["share"] = settings["shares"][k]
+        waves = make(model, [prompts[i] for i in batch], indices=batch, **settings)
+        for i, wave in zip(batch, waves, strict=True):
+            comment = json.dumps({"prompt": prompts[i], "sample": i} | about, ensure_ascii=False)
             path = free_path(paths[i])  # another command may write to this folder, too
-            path.touch(exist_ok=False)
-            try:
-                latents.save_audio(path, wave, json.dumps(comment, ensure_ascii=False))
-            finally:
-                if path.stat().st_size == 0:
-                    path.unlink()
-            if args.spectrogram:
-                save_spectrogram(path.with_suffix(".png"), wave, prompts[i])
-            if latent := {t: x_t[k] for t, x_t in seen.items() if x_t is not None}:
-                image = free_path(path.with_name(f"{path.stem}-steps.png"))
-                save_steps(image, latent, prompts[i])
-            tqdm.write(f"{path}\n", end="")  # in one piece: several ranks write at once
+            latents.save_audio(path, wave, comment)
+            yield i, path, wave
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda text, *_: tqdm.write(f"warning: {text}", file=sys.stderr)
-        try:
-            run(args)
-        except (ValueError, OSError, torch.OutOfMemoryError) as e:
-            sys.exit(f"error: {e}")
-        except KeyboardInterrupt:
-            sys.exit("\ninterrupted: the sounds written so far are whole")
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    args = make_parser(__doc__).parse_args(arguments)
+    try:
+        for _, path, _ in run(args):
+            tqdm.write(f"{path}\n", end="")  # in one piece: several ranks write at once
+    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {e}" if str(e) else "\ninterrupted: the sounds so far are whole")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ ID.npy or as one .npz with an array for each id. One way to get them:
     np.save(f"{id}.npy", torch.cat([network(piece) for piece in pieces]))       [pieces, 512]
 
 with pieces of a second or two, or transformers' VideoMAEModel or TimesformerModel. Scores: what
-`captions.py entail` adds to its records. All is held in memory: some ten thousand clips.
+`appendix.visual_captions entail` adds to its records. All is held in memory: some ten thousand
+clips.
 """
 
 from dataclasses import dataclass, replace
@@ -22,8 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import latents
-from appendix.classify import LogMelCodec, TALTrans, targets_of
-from captions import read_records
+from appendix.classify import LogMelCodec, TALTrans, labels_of, targets_of
 from latents import LatentDataset
 
 BLOCKS = 21  # states of an audio clip: one for 0.48 s
@@ -65,7 +65,7 @@ def read_audio(data: LatentDataset, n: int, tagger: TALTrans | None, train: Late
         z = z[:, : z.shape[1] // BLOCKS * BLOCKS].unflatten(1, (BLOCKS, -1))
         std, mean = torch.std_mean(z, 2)
         states.append(mean if tagger else torch.cat([mean, std], 2))
-    targets = targets_of(data, range(n), train.labels)
+    targets = targets_of(data, range(n), labels_of(train)).float()
     return Clips(torch.cat(states), torch.zeros(n, 1, 1), torch.ones(n, 1), {}, targets)
 
 
@@ -100,7 +100,7 @@ def read_video(path: Path, ids: list[str]) -> tuple[Tensor, Tensor, Tensor]:
 def read_scores(path: Path, ids: list[str]) -> dict[str, Tensor]:
     """The entailment scores of captions.py's records: {"llm": [N], …}, in 0 … 1 (a cosine below 0
     counts as 0). A clip without a score: 1, no discount."""
-    records = {x["id"]: x.get("entailment") or {} for x in read_records(path)}
+    records = {x["id"]: x.get("entailment") or {} for x in latents.read_table(path)}
     scores = {}
     for name in sorted({name for x in records.values() for name in x}):
         values = [records.get(i, {}).get(name) for i in ids]
@@ -108,7 +108,9 @@ def read_scores(path: Path, ids: list[str]) -> dict[str, Tensor]:
             print(f"{path}: {missing} of {len(ids)} clips have no score {name}: not discounted")
         scores[name] = torch.tensor([1.0 if x is None else float(x) for x in values]).clamp(0, 1)
     if not scores:
-        raise ValueError(f"{path}: no record has entailment scores (captions.py entail)")
+        raise ValueError(
+            f"{path}: no record has entailment scores (appendix.visual_captions entail)"
+        )
     return scores
 
 

@@ -30,6 +30,7 @@ command; each tagger's own scores.json stays.
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -42,10 +43,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import latents
+import train
 from appendix import classify, generated
-from appendix.classify import WIDTHS, LogMelCodec, mean_and_std, open_features, targets_of
-from latents import LatentDataset, write_aside
-from train import must_agree
+from appendix.classify import balanced, labels_of, markdown, mean_and_std, open_features, targets_of
+from evaluate import file_sha256
+from latents import LatentDataset
 
 SETS = {  # generated clips for each real one, α (None: --alpha), are the worst classes amplified?
     "only": (1, 1.0, False),
@@ -56,18 +58,17 @@ SETS = {  # generated clips for each real one, α (None: --alpha), are the worst
     "+1-worst": (1, None, True),
 }
 RECIPES = {"mx+sp": {}, "none": {"mixup": 0.0, "time_mask": 0, "mel_mask": 0}}
+LOOP = "--steps 300 --batch-size 16"  # and a tenth of the steps are warm-up
 
 
 @dataclass(frozen=True)
 class Config(classify.Config):
-    """What a tagger's training computes, and so must agree when it is taken up again."""
-
     kind: str = ""  # of the generated clips
     times: int = 0  # generated clips for each real one: M
     alpha: float = 0.0  # probability of a generated clip
     amplified: list[str] = field(default_factory=list)  # classes drawn `factor` times as often
     factor: float = 1.0
-    tables: list[str] = field(default_factory=list)  # hashes of what is trained and tested on
+    tables: dict[str, str] = field(default_factory=dict)  # data set -> hash of its clips
 
 
 # ---- equation (1) --------------------------------------------------------------------------------
@@ -75,66 +76,58 @@ class Config(classify.Config):
 
 def worst(scores: list[dict], n: int) -> list[str]:
     """The n classes with the lowest average precision, in the mean of several taggers' scores."""
-    labels = [label for label, ap in scores[0]["AP"].items() if ap is not None]
+    labels = scores[0]["AP"]
     return sorted(labels, key=lambda label: statistics.mean(x["AP"][label] for x in scores))[:n]
 
 
-def balanced(targets: Tensor, gains: Tensor) -> Tensor:
-    """The probability of each clip, float64 [N], if first a label is drawn, with a probability
-    ∝ its gain [classes], then one of its clips: p ∝ Σ gain / (clips of label). targets:
-    [N, classes] of 0 and 1. Gains of 1: `LatentDataset.sampling_weights`."""
-    p = targets.double() @ (gains.double() / targets.sum(0).clamp(min=1))
-    return p / p.sum()
+class Both:
+    """Two data sets, end to end: real clips, and those with these numbers of the generated ones."""
+
+    def __init__(self, real: LatentDataset, made: LatentDataset, numbers: np.ndarray):
+        self.real, self.made, self.numbers, self.folder = real, made, numbers, real.folder
+
+    def find(self, i: int) -> tuple[LatentDataset, int]:
+        n = len(self.real)
+        return (self.real, i) if i < n else (self.made, int(self.numbers[i - n]))
+
+    def stored(self, indices) -> Tensor:
+        """uint8 [B, 64, 1009]."""
+        return torch.cat([data.stored([i]) for data, i in map(self.find, indices)])
+
+    def record(self, i: int) -> dict:
+        data, i = self.find(i)
+        return data.record(i)
 
 
-class Mixture:
-    """Real clips and the first c.times versions of each, end to end, as the data set that
-    `classify.train` draws from. To draw by equation (1) is one draw from all of them:
+class Mixed(classify.Tagger):
+    """A tagger of real clips and the first c.times versions of each. To draw by equation (1) is one
+    draw from all of them:
 
         p(X_i) = (1 − α)·p_i       p(X̃_ij) = α·p_i / M,  or α·q_g for clip g of a plain set
 
     p is balanced over the real clips' labels, q over the generated ones'."""
 
-    def __init__(self, real: LatentDataset, generated: LatentDataset | None, c: Config):
-        self.real, self.generated, self.labels = real, generated, real.labels
-        gains = torch.tensor([c.factor if x in c.amplified else 1.0 for x in real.labels])
-        p = balanced(targets_of(real, range(len(real)), real.labels), gains)
-        self.made, q = np.zeros(0, int), p.new_zeros(0)
-        if c.times:
-            records = [generated.record(g) for g in range(len(generated))]
-            self.made = np.array([g for g, x in enumerate(records) if x["version"] < c.times])
-            if c.kind == "plain":
-                q = balanced(targets_of(generated, self.made, real.labels), gains)
-            else:
-                of = torch.tensor([records[g]["of"] for g in self.made])
-                if (of.bincount(minlength=len(real)) != c.times).any():
-                    raise ValueError(f"{generated.folder}: not {c.times} versions of each clip of "
-                                     f"{real.folder}")  # fmt: skip
-                q = p[of] / c.times
+    def __init__(self, c: Config, device: torch.device):
+        super().__init__(c, device)
+        real, gains = self.data, [c.factor if x in c.amplified else 1.0 for x in self.labels]
+        self.p = p = balanced(self.targets, gains)
+        if not c.times:
+            return
+        made = open_features(Path(c.data).parent / c.kind)
+        records = [made.record(g) for g in range(len(made))]
+        numbers = np.array([g for g, x in enumerate(records) if x["version"] < c.times])
+        targets = targets_of(made, numbers, self.labels)
+        if c.kind == "plain":
+            q = balanced(targets, gains)
+        else:
+            of = torch.tensor([records[g]["of"] for g in numbers])
+            if (of.bincount(minlength=len(real)) != c.times).any():
+                raise ValueError(f"{made.folder}: not {c.times} versions of each clip of "
+                                 f"{real.folder}")  # fmt: skip
+            q = p[of] / c.times
         self.p = torch.cat([(1 - c.alpha) * p, c.alpha * q])
-
-    def __len__(self) -> int:
-        return len(self.p)
-
-    def sampling_weights(self) -> Tensor:
-        return self.p
-
-    def stored(self, indices) -> Tensor:
-        """uint8 [B, 64, 1009]."""
-        indices = np.asarray(indices)
-        from_real = indices < len(self.real)
-        out = torch.empty(len(indices), *LogMelCodec.stored_shape, dtype=LogMelCodec.stored_dtype)
-        if from_real.any():
-            out[from_real] = self.real.stored(indices[from_real])
-        if not from_real.all():
-            out[~from_real] = self.generated.stored(self.made[indices[~from_real] - len(self.real)])
-        return out
-
-    def label_ids(self, i: int) -> list[int]:
-        if i < len(self.real):
-            return self.real.label_ids(i)
-        ids = self.generated.label_ids(self.made[i - len(self.real)])
-        return [self.labels.index(self.generated.labels[k]) for k in ids]
+        self.data, self.clips = Both(real, made, numbers), len(self.p)
+        self.targets = torch.cat([self.targets, targets])
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -146,45 +139,50 @@ def plan(args: argparse.Namespace, sets: list[str], weak: dict[str, list[str]]) 
     for seed, (model, width), recipe, kind, name in arms:
         times, alpha, amplify = SETS[name]
         kind = kind if times else ""
+        arm = (f"{model}-{width}", recipe, kind, name)
+        out = args.out / "taggers" / "_".join(filter(None, arm)) / f"seed-{seed}"
         values = {"model": model, "width": width, "seed": seed, "kind": kind, "times": times}
         values |= {"alpha": args.alpha if alpha is None else alpha, **RECIPES[recipe]}
-        values |= {"amplified": weak[f"{model}-{width}"], "factor": args.factor} if amplify else {}
-        values |= {key: getattr(args, key) for key in ("steps", "batch_size", "lr")}
-        c = Config(**values, warmup_steps=args.steps // 10)
-        yield (f"{model}-{width}", recipe, kind, name), c
+        values |= {"amplified": weak[arm[0]], "factor": args.factor} if amplify else {}
+        values |= {"data": str(args.out / "real"), "val_data": str(args.test), "out": str(out)}
+        values |= {"device": args.device or "", "warmup_steps": args.loop.steps // 10}
+        yield arm, Config(**vars(args.loop) | values)
 
 
-def run(c: Config, real, made, held_out: LatentDataset, out: Path, device) -> dict:
+def run(c: Config) -> dict:
     """The scores of a tagger, which is trained if OUT doesn't have them."""
-    if (out / "scores.json").is_file():
-        scores = latents.read_json(out / "scores.json", "mAP", "AP", "config")
-        must_agree(f"{out} has", scores["config"], asdict(c), "give the same, or another --out")
-        return scores
-    scores = classify.train(c, Mixture(real, made, c), held_out, out, device)
-    (out / "checkpoint.pt").unlink()  # of a finished run nobody needs it
-    return scores
+    folders, out = {"real": c.data, "test": c.val_data}, Path(c.out)
+    folders |= {"generated": Path(c.data).parent / c.kind} if c.times else {}
+    c = replace(c, tables={k: file_sha256(Path(x, "clips.jsonl")) for k, x in folders.items()})
+    if (out / "model").exists() and not (out / "checkpoints").exists():
+        may_change, advice = train.MAY_CHANGE - {"batch_size"}, "give the same, or another --out"
+        mine = {k: v for k, v in asdict(c).items() if k not in may_change and k != "precision"}
+        train.must_agree(f"{out} has", latents.read_json(out / "config.json"), mine, advice)
+    else:
+        train.train(c, Mixed)
+        shutil.rmtree(out / "checkpoints")  # of a finished run nobody needs them
+    return latents.read_json(out / "model" / "scores.json", "mAP", "AP")
 
 
 def show(title: str, results: dict, args: argparse.Namespace, value: Callable) -> None:
-    print(f"\n{title}\n\n| tagger | aug | generated from | {' | '.join(args.sets)} |")
-    print("| --- | --- | --- |" + " ---: |" * len(args.sets))
+    rows = []
     for (model, width), recipe, kind in itertools.product(args.taggers, args.recipes, args.kinds):
-        row = [f"{model}-{width}", recipe, kind]
+        rows.append([f"{model}-{width}", recipe, kind])
         for name in args.sets:
-            scores = results[row[0], recipe, kind if SETS[name][0] else "", name].values()
-            row.append(mean_and_std([value(x) for x in scores]))
-        print(f"| {' | '.join(row)} |")
+            arm = (f"{model}-{width}", recipe, kind if SETS[name][0] else "", name)
+            rows[-1].append(mean_and_std([value(arm, x) for x in results[arm].values()]))
+    print(f"\n{title}\n\n{markdown(['tagger', 'aug', 'generated from', *args.sets], rows)}")
 
 
 def table(args: argparse.Namespace) -> None:
-    device = latents.pick_device(args.device)
     real, audio = generated.make_real(args)
-    held_out = open_features(args.test or classify.tiny_features("test"))
-    if unknown := set(args.amplify or []) - (set(real.labels) & set(held_out.labels)):
+    args.test = args.test or classify.tiny_features("test")
+    held_out, labels = open_features(args.test), labels_of(real)
+    if unknown := set(args.amplify or []) - (set(labels) & set(labels_of(held_out))):
         raise ValueError("classes to be amplified of which there is no real clip, or none to test "
                          f"on: {', '.join(sorted(unknown))}")  # fmt: skip
-    kinds = args.kinds if any(SETS[name][0] for name in args.sets) else []
-    made = {kind: generated.make(kind, real, audio, args) for kind in kinds}
+    for kind in args.kinds if any(SETS[name][0] for name in args.sets) else ():
+        generated.make(kind, real, audio, args)
 
     results: dict[tuple, dict[int, dict]] = {}  # (tagger, recipe, kind, set) -> seed -> scores
     weak = {f"{model}-{width}": args.amplify or [] for model, width in args.taggers}
@@ -192,33 +190,24 @@ def table(args: argparse.Namespace) -> None:
     for names in ([name for name in args.sets if name not in amplifying], amplifying):
         for (tagger, *_, name), by_seed in results.items():
             if name == "real" and not args.amplify:
-                n = max(1, round(len(real.labels) * 100 / 527))
+                n = max(1, round(len(labels) * 100 / 527))
                 weak[tagger] = worst([*by_seed.values()], n)
-        bar = tqdm([*plan(args, names, weak)], unit="tagger", disable=not names)
-        for arm, c in bar:
-            bar.set_description(" ".join(filter(None, arm)))
-            sets = [real, made.get(c.kind), held_out]
-            hashes = [
-                latents.read_json(x.folder / "plan.json", "table")["table"] for x in sets if x
-            ]
-            out = args.out / "taggers" / "_".join(filter(None, arm)) / f"seed-{c.seed}"
-            scores = run(replace(c, tables=hashes), *sets, out, device)
-            results.setdefault(arm, {})[c.seed] = scores
-            bar.write(f"{out}: mAP {scores['mAP']:.3f}")
+        for arm, c in tqdm([*plan(args, names, weak)], unit="tagger", disable=not names):
+            results.setdefault(arm, {})[c.seed] = scores = run(c)
+            tqdm.write(f"{c.out}: mAP {scores['mAP']:.3f}")
 
-    def mean(scores: dict) -> float:
+    def mean(arm: tuple, scores: dict) -> float:
         return scores["mAP"]
 
-    def mean_of_weak(scores: dict) -> float | None:
-        labels = weak["{model}-{width}".format(**scores["config"])]
-        return statistics.mean(scores["AP"][x] for x in labels) if labels else None
+    def mean_of_weak(arm: tuple, scores: dict) -> float | None:
+        return statistics.mean(scores["AP"][x] for x in weak[arm[0]]) if weak[arm[0]] else None
 
     rows = [["tagger", "aug", "generated from", "set", "seed", "mAP", "mAP of the worst"]]
     for arm, by_seed in results.items():
-        rows += [[*arm, seed, mean(x), mean_of_weak(x)] for seed, x in by_seed.items()]
+        rows += [[*arm, seed, mean(arm, x), mean_of_weak(arm, x)] for seed, x in by_seed.items()]
     content = {"real clips": len(real), "tested on": len(held_out), "worst": weak, "rows": rows}
-    write_aside(args.out / "table.json", (json.dumps(content, indent=1) + "\n").encode())
-    about = f"{len(real)} real clips of {len(real.labels)} classes, {len(args.seeds)} seeds"
+    latents.write_aside(args.out / "table.json", (json.dumps(content, indent=1) + "\n").encode())
+    about = f"{len(real)} real clips of {len(labels)} classes, {len(args.seeds)} seeds"
     show(f"mAP in per cent on {len(held_out)} clips; {about}", results, args, mean)
     if all(weak.values()):
         named = "; ".join(f"{tagger}: {', '.join(labels)}" for tagger, labels in weak.items())
@@ -232,22 +221,23 @@ def table(args: argparse.Namespace) -> None:
 def tagger_and_width(text: str) -> tuple[str, int]:
     """ "cnn14:8" -> ("cnn14", 8)."""
     model, _, width = text.partition(":")
-    if model not in WIDTHS or not width.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(WIDTHS)}, and :WIDTH")
-    if amiss := classify.width_amiss(model, int(width)):
-        raise argparse.ArgumentTypeError(f"{text}: {amiss}")
+    try:
+        classify.check_width(model, int(width))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text}: {e}") from e
     return model, int(width)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Our own options, and as `loop` those of train.py."""
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    more = f"and train.py's options for the taggers' loop [{LOOP}]"
+    parser = argparse.ArgumentParser(description=__doc__, epilog=more, **style)
     generated.add_options(parser)
     add = parser.add_argument
     add("--test", type=Path, help="features to test on [of tiny/'s held-out scenes]")
     add("--taggers", nargs="+", type=tagger_and_width, default=[("taltrans", 128), ("cnn14", 8)],
-        metavar="NAME:WIDTH", help=f"of {', '.join(WIDTHS)} [taltrans:128 cnn14:8]")  # fmt: skip
+        metavar="NAME:WIDTH", help="[taltrans:128 cnn14:8]")  # fmt: skip
     add("--recipes", nargs="+", choices=RECIPES, default=["mx+sp"], help="mixup and SpecAugment, "
         "or none [mx+sp]")  # fmt: skip
     add("--sets", nargs="+", choices=SETS, default=list(SETS), help="[all]")
@@ -255,15 +245,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--alpha", type=float, default=0.5, help="probability of a generated clip [0.5]")
     add("--amplify", nargs="+", metavar="CLASS", help="these instead of the worst fifth")
     add("--factor", type=float, default=2.0, help="how much more often they are drawn [2]")
-    add("--steps", type=int, default=300, help="of a tagger [300]")
-    add("--batch-size", type=int, default=16, help="[16]")
-    add("--lr", type=float, default=1e-3, help="peak [0.001]")
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    args.loop = train.parse_args([*classify.RECIPE.split(), *LOOP.split(), *rest])
     generated.check_options(parser, args)
-    if min(args.steps, args.batch_size, args.factor) < 1 or min(args.seeds) < 0:
-        parser.error("--steps, --batch-size and --factor are 1 or more, --seeds 0 or more")
-    if not 0 <= args.alpha <= 1 or args.lr <= 0:
-        parser.error("--alpha is 0 to 1, --lr above 0")
+    if not 0 <= args.alpha <= 1 or args.factor < 0:
+        parser.error("--alpha is 0 to 1, --factor above 0")
     if (most := max(SETS[name][0] for name in args.sets)) > args.times:
         parser.error(f"--times {args.times}: these --sets need {most}")
     if not args.amplify and "real" not in args.sets and any(SETS[name][2] for name in args.sets):

@@ -24,8 +24,8 @@ which theirs is. All share one tokenizer: lower case, no punctuation, inner apos
     python -m appendix.caption_scores rate captions/run.jsonl --audio sounds --out rate.html
     python -m appendix.caption_scores average ratings-*.csv --key rate.key.json
 
-CAPTIONS and REFERENCES are JSONL of captions.py's kind, or CSV: an id (or youtube_id, name or file)
-and captions (a list or one) or caption; several rows of one id are its several references.
+CAPTIONS and REFERENCES are tables (latents.read_table): JSONL of captions.py's kind, or CSV with
+an id and captions; several rows of one id are its several references.
 """
 
 import argparse
@@ -48,8 +48,7 @@ from pathlib import Path
 import soundfile
 
 from appendix.report import STYLE, data_url
-from evaluate import select, sounds_of
-from latents import SAMPLE_RATE, load_audio, write_aside
+from latents import SAMPLE_RATE, find_audio, load_audio, read_json, read_table, write_aside
 
 Words = list[str]
 
@@ -165,45 +164,12 @@ def cider_d(candidates: list[Words], references: list[list[Words]], sigma: float
     return 10 * sum(scores) / 4 / len(references)
 
 
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[dict]:
-    """JSONL, or CSV with a header -> records with id, and captions where there is a caption."""
-    records = []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            is_json = path.suffix == ".jsonl"
-            for row in map(json.loads, file) if is_json else csv.DictReader(file, strict=True):
-                if not is_json and None in (*row, *row.values()):
-                    raise ValueError("too many or too few columns")
-                ids = [row.get(key) for key in ("id", "youtube_id", "name", "file")]
-                name = next((str(x) for x in ids if x not in (None, "")), None)
-                if name is None:
-                    raise ValueError("no id")
-                captions = row.get("captions", row.get("caption"))
-                records.append(row | {"id": name, "captions": captions})
-    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error) as e:
-        raise ValueError(f"{path}, record {len(records) + 1}: {e!r}; expected CSV, or JSON a line, "
-                         "with id (or youtube_id, name, file) and captions") from e  # fmt: skip
-    if not records:
-        raise ValueError(f"{path}: no records")
-    return records
-
-
-def texts(record: dict, field: str) -> list[str]:
-    value = record.get(field)
-    value = [value] if isinstance(value, str) else value or []
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{record['id']}: {field} is {value!r:.60}; expected a text or a list")
-    return value
+# ---- judging -------------------------------------------------------------------------------------
 
 
 def read_references(path: Path) -> dict[str, list[str]]:
     """id -> its references. ValueError if one has no word, which no metric could compare with."""
-    references = defaultdict(list)
-    for record in read(path):
-        references[record["id"]] += texts(record, "captions")
+    references = {record["id"]: record["captions"] for record in read_table(path)}
     for name, captions in references.items():
         if not captions or not all(map(tokenize, captions)):
             raise ValueError(f"{path}: {name} has a reference without a word, or none")
@@ -214,19 +180,13 @@ def systems_of(files: dict[Path, list[dict]], fields: list[str]) -> dict[str, di
     """system -> {id: candidate, or None if it has none}; a system is a field of a file's records.
     Of several captions the first counts."""
     systems = {}
-    for path, records in files.items():
-        name, count = Counter(record["id"] for record in records).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{path}: id {name} is there {count} times")
-        for field in fields:
-            found = {record["id"]: next(iter(texts(record, field)), None) for record in records}
-            if set(found.values()) == {None}:
-                raise ValueError(f"{path}: no record has a caption as {field!r}; see --field")
-            systems[field if len(files) == 1 else f"{path}:{field}"] = found
+    for path, field in itertools.product(files, fields):
+        found = {record["id"]: record.get(field) or None for record in files[path]}
+        found = {i: x[0] if isinstance(x, list) else x for i, x in found.items()}
+        if set(found.values()) == {None}:
+            raise ValueError(f"{path}: no record has a caption as {field!r}; see --field")
+        systems[field if len(files) == 1 else f"{path}:{field}"] = found
     return systems
-
-
-# ---- judging -------------------------------------------------------------------------------------
 
 
 def histogram(values: list[float], width: float) -> dict[str, int]:
@@ -254,17 +214,15 @@ def judge(systems: dict, references: dict[str, list[str]]) -> tuple[dict, list[s
     sets, notes, judged = {}, [], {}
     for name, captions in systems.items():
         words = {i: tokenize(text or "") for i, text in captions.items()}
-        none = [i for i in captions if captions[i] is None]
-        alone = [i for i in captions if i not in references]
-        empty = [i for i in captions if not words[i] and captions[i] is not None]
-        for ids, what in (
-            (none, "have no caption: left out"),
-            (alone, "have no reference: left out"),
-            (empty, "have a caption without a word: it scores 0"),
+        given = [i for i in words if captions[i] is not None]
+        for what, ids in (
+            ("have no caption: left out", [i for i in words if captions[i] is None]),
+            ("have no reference: left out", [i for i in words if i not in references]),
+            ("have a caption without a word: it scores 0", [i for i in given if not words[i]]),
         ):
             if ids:
-                notes.append(f"{name}: {len(ids)} of {len(captions)} {what} ({ids[0]}, …)")
-        ours = [i for i in captions if i not in {*none, *alone}]
+                notes.append(f"{name}: {len(ids)} of {len(words)} {what} ({ids[0]}, …)")
+        ours = [i for i in given if i in references]
         if not ours:
             raise ValueError(f"{name}: none of its captions has a reference of the same id")
         candidates, refs = [words[i] for i in ours], [[*map(tokenize, references[i])] for i in ours]
@@ -278,20 +236,10 @@ def judge(systems: dict, references: dict[str, list[str]]) -> tuple[dict, list[s
     return sets, notes
 
 
-def is_score(x) -> bool:
-    return x is None or (isinstance(x, int | float) and -1.001 < x < 1.001)  # NaN is none
-
-
 def entailment(records: list[dict]) -> dict[str, dict]:
     """scorer -> (min, median, max), Pearson's r with each scorer (None: undefined), histogram."""
-    scores = []
-    for record in records:
-        row = record.get("entailment") or {}
-        if not isinstance(row, dict) or not all(is_score(x) for x in row.values()):
-            raise ValueError(
-                f"{record['id']}: entailment is {row!r:.60}; expected scores by scorer"
-            )
-        scores.append({key: x for key, x in row.items() if x is not None})
+    scores = [record.get("entailment") or {} for record in records]
+    scores = [{key: x for key, x in row.items() if x is not None} for row in scores]
     names, out = list(dict.fromkeys(itertools.chain(*scores))), {}
     for a in names:
         found = [row[a] for row in scores if a in row]
@@ -346,7 +294,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def judge_command(args: argparse.Namespace) -> None:
     """Prints table A2 and the entailment scores, and writes them as JSON and, with plots, HTML."""
-    files = {path: read(path) for path in args.captions}
+    files = {path: read_table(path) for path in args.captions}
     sets, notes = judge(systems_of(files, args.field), read_references(args.references))
     columns = ["clips", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
     columns += ["vocabulary", "mean", "std", "min", "median", "max"]
@@ -470,11 +418,8 @@ def average(paths: list[Path], key: dict[str, list[str]]) -> tuple[dict, list[st
     """
     scores, unanswered, invalid = defaultdict(dict), [], []  # scores: {(rater, system): {id: x}}
     for path in paths:
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.reader(file, strict=True))
-        except (UnicodeDecodeError, csv.Error) as e:
-            raise ValueError(f"{path}: not a CSV ({e})") from e
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.reader(file))
         if rows[:1] != [["rater", "row", "score"]]:
             raise ValueError(f"{path}: expected the columns rater, row and score")
         for line, row in enumerate(rows[1:], 2):
@@ -507,25 +452,28 @@ def average(paths: list[Path], key: dict[str, list[str]]) -> tuple[dict, list[st
 
 
 def rate_command(args: argparse.Namespace) -> None:
-    systems = systems_of({path: read(path) for path in args.captions}, args.field)
+    if not args.audio.is_dir():
+        raise FileNotFoundError(f"{args.audio}: no such folder")
+    files = {path: read_table(path) for path in args.captions}
+    systems = systems_of(files, args.field)
     references = read_references(args.references) if args.references else {}
-    ids = list(dict.fromkeys(itertools.chain(*systems.values())))
-    sounds = select(sounds_of(args.audio), ids)
+    records = {record["id"]: record for record in itertools.chain(*files.values())}
+    found = zip(records, find_audio([*records.values()], args.audio))
+    sounds = {i: path for i, path in found if path}
     text, key = rating_page(systems, references, sounds, args.clips, args.seed)
     aside = args.out.with_suffix(".key.json")
     write_json(aside, key)
     write_aside(args.out, text)
     clips = len(key) // len(systems)
-    print(f"{args.out}: {clips} clips of {len(ids)} ids, {len(sounds)} of them with a sound; "
+    print(f"{args.out}: {clips} clips of {len(records)} ids, {len(sounds)} of them with a sound; "
           f"{len(text) / 2**20:.1f} MB, for the raters. {aside}: for `average`")  # fmt: skip
 
 
 def average_command(args: argparse.Namespace) -> None:
-    try:
-        key = json.loads(args.key.read_bytes())
-        key = {row: (str(i), str(system)) for row, (i, system) in key.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{args.key}: not a key that `rate` wrote ({e!r})") from e
+    key = read_json(args.key)
+    pairs = [pair for pair in key.values() if isinstance(pair, list) and len(pair) == 2]
+    if len(pairs) < len(key) or not all(isinstance(x, str) for pair in pairs for x in pair):
+        raise ValueError(f"{args.key}: not a key that `rate` wrote")
     table, unanswered, invalid = average(args.ratings, key)
     print(text_table(table, ["similarity", "std", "raters", "clips", "ratings"]))
     print(f"{len(unanswered)} rows unanswered", *unanswered, sep="\n  ")

@@ -7,8 +7,8 @@ evaluate.py needs one where PANNs' weights can't be had. Three networks on the s
     taltrans    the papers' CNN + transformer, 12.1 M parameters
     ast         the Audio Spectrogram Transformer (DeiT-B, 86 M), transformers' classes
 
-trained by the papers' recipe: binary cross-entropy, AdamW, warm-up and cosine decay, draws balanced
-over labels, and unless told otherwise mixup and SpecAugment:
+trained in train.py's loop by the papers' recipe: binary cross-entropy, AdamW, warm-up and cosine
+decay, draws balanced over labels, and unless told otherwise mixup and SpecAugment:
 
     mixup        half of the clips: x ← λ·x + (1 − λ)·x', y likewise, λ ~ Beta(10, 10)
     SpecAugment  up to 192 frames and 24 bands (the papers': 48 of twice as many) set to the mean
@@ -18,7 +18,7 @@ Results are mAP (mean over classes of the average precision), AUC and every clas
     python -m appendix.classify train                                  on tiny/'s composed scenes
     python -m appendix.classify encode AUDIO TABLE --out FOLDER        features of one's own clips
     python -m appendix.classify train FOLDER --test FOLDER --model taltrans --out runs/taltrans
-    python -m appendix.classify test runs/taltrans/tagger.safetensors FOLDER
+    python -m appendix.classify test runs/taltrans/model/tagger.safetensors FOLDER
 
 The papers' AST starts from ImageNet's weights and 128 mel bands; this one from scratch, on 64.
 """
@@ -28,11 +28,10 @@ import functools
 import json
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -40,13 +39,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import latents
+import train
 from evaluate import Cnn14, ConvBlock, log_mel, mel_matrix
-from latents import LatentDataset, keep_freed_memory, write_aside
-from train import clips_of_step, learning_rate
+from latents import LatentDataset, write_aside
+from train import TINY
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
 FRAMES = 1009  # of a clip, one every 10 ms
-CHECKPOINT_EVERY = 500  # steps
 
 
 # ---- features: a stored data set (latents.py) of log-mel frames ----------------------------------
@@ -83,7 +81,7 @@ def tiny_features(split: str) -> Path:
     from tiny.compose import CLIPS, Recordings, draw_scenes, load_clips
 
     folder = TINY / "data" / f"log-mel-{split}"
-    if not (folder / "dataset.json").is_file():
+    if not (folder / "codec.json").is_file():
         recordings = Recordings(TINY / "recordings.csv", split)
         scenes = draw_scenes(recordings, split, CLIPS[split], seed=0)
         print(f"{folder}: {len(scenes)} scenes")
@@ -93,7 +91,7 @@ def tiny_features(split: str) -> Path:
     return folder
 
 
-def open_features(folder: Path) -> LatentDataset:
+def open_features(folder: str | Path) -> LatentDataset:
     """ValueError if the folder holds something else."""
     data = LatentDataset(folder)
     if data.codec != LogMelCodec().settings():
@@ -102,15 +100,25 @@ def open_features(folder: Path) -> LatentDataset:
     return data
 
 
+def labels_of(data: LatentDataset) -> list[str]:
+    """All labels that its clips have, sorted."""
+    return sorted({label for i in range(len(data)) for label in data.record(i)["labels"]})
+
+
 def targets_of(data: LatentDataset, indices, labels: list[str]) -> Tensor:
-    """[B, classes] of 0 and 1. Labels that the tagger doesn't know are left out."""
-    place = {label: i for i, label in enumerate(labels)}
-    targets = torch.zeros(len(indices), len(labels))
-    for row, i in enumerate(indices):
-        for number in data.label_ids(i):
-            if data.labels[number] in place:
-                targets[row, place[data.labels[number]]] = 1
-    return targets
+    """Which clips have which labels, bool [B, classes]; labels that aren't among these don't
+    count."""
+    own = [set(data.record(int(i))["labels"]) for i in indices]
+    return torch.tensor([[label in there for label in labels] for there in own])
+
+
+def balanced(targets: Tensor, gains: Tensor | float = 1.0) -> Tensor:
+    """The probability of each clip, float64 [N], if first a label is drawn, with a probability
+    ∝ its gain [classes], then one of its clips: p ∝ Σ gain / (clips of label). targets:
+    [N, classes] of 0 and 1."""
+    gains = torch.as_tensor(gains).double().expand(targets.shape[1])
+    p = targets.double() @ (gains / targets.sum(0).clamp(min=1))
+    return p / p.sum()
 
 
 # ---- networks: dB [B, frames, 64] -> embedding and logits ----------------------------------------
@@ -137,7 +145,10 @@ class TALTrans(nn.Module):
             x = F.avg_pool2d(block(x), 2 if i < 3 else (1, 2))  # in time by 8: 80 ms a step
             x = F.dropout(x, 0.2, self.training)
         x = self.project(x.transpose(1, 2).flatten(2))  # [B, T / 8, width]
-        return self.transformer(x + positions(*x.shape[1:], x))
+        # Sine and cosine of each step's number at width / 2 frequencies
+        steps, width = torch.arange(x.shape[1]), torch.arange(0, x.shape[2], 2) / x.shape[2]
+        angle = steps[:, None] / 10_000**width
+        return self.transformer(x + torch.cat([angle.sin(), angle.cos()], 1).to(x))
 
     def classify(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.states(x)
@@ -166,25 +177,18 @@ class AST(nn.Module):
         return out.hidden_states[-1].mean(1), out.logits
 
 
-def positions(steps: int, width: int, like: Tensor) -> Tensor:
-    """Sine and cosine of each step's number at width / 2 frequencies: [steps, width]."""
-    angle = torch.arange(steps)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
-    return torch.cat([angle.sin(), angle.cos()], 1).to(like)
-
-
 WIDTHS = {"cnn14": 16, "taltrans": 512, "ast": 768}  # unless told otherwise
 
 
-def width_amiss(model: str, width: int) -> str:
-    """What is wrong with a tagger's width, if anything is."""
-    if width < 1:
-        return f"width {width}: 1 or more is expected"
-    if model == "taltrans" and width % 16:  # of its first block; and it has 8 heads
-        return f"width {width}: a multiple of 16 is expected of taltrans"
-    return ""
+def check_width(model: str, width: int) -> None:
+    # taltrans' first block is a sixteenth as wide, and it has 8 heads.
+    if model not in WIDTHS or width < 1 or (model == "taltrans" and width % 16):
+        names = ", ".join(WIDTHS)
+        raise ValueError(f"expected one of {names}, and a width (taltrans: a multiple of 16)")
 
 
 def make_tagger(model: str, labels: list[str], width: int) -> nn.Module:
+    check_width(model, width)
     if model == "cnn14":
         return Cnn14(len(labels), [width << i for i in range(6)], labels)
     return {"taltrans": TALTrans, "ast": AST}[model](len(labels), width)
@@ -203,7 +207,7 @@ def load_tagger(path: Path) -> tuple[nn.Module, list[str]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata()
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            state = {key: file.get_tensor(key) for key in file.keys()}
         labels = json.loads(about["labels"])
         tagger = make_tagger(about["model"], labels, int(about["width"]))
         tagger.load_state_dict(state)
@@ -215,28 +219,19 @@ def load_tagger(path: Path) -> tuple[nn.Module, list[str]]:
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def average_precision(scores: Tensor, targets: Tensor) -> float:
-    """Area under precision over recall, of one class: Σ (R_n − R_(n−1))·P_n over thresholds n.
-    scores and targets (0 or 1): [N]. NaN without a positive."""
-    hits, total = _ranked(scores, targets)
-    precision, recall = hits / total, hits / hits[-1]
-    return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
-
-
-def roc_auc(scores: Tensor, targets: Tensor) -> float:
-    """The probability that a positive scores above a negative (half for equal). NaN without any."""
-    hits, total = _ranked(scores, targets)
-    hits, misses = (F.pad(x, (1, 0)) for x in (hits, total - hits))
-    area = (misses.diff() * (hits[1:] + hits[:-1]) / 2).sum()
-    return (area / (hits[-1] * misses[-1])).item()
-
-
-def _ranked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """At each distinct score, highest first: positives, and all, that score as much or more."""
+def precision_and_auc(scores: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Of one class: average precision, the area under precision over recall; and the area under the
+    ROC curve, the probability that a positive scores above a negative (half for equal scores).
+    scores and targets (0 or 1): [N], with both kinds among them."""
     scores, order = scores.double().sort(descending=True)
-    last = torch.cat([scores.diff() != 0, torch.ones(1, dtype=torch.bool)])  # of equal scores
-    total = torch.arange(1, len(scores) + 1).double()
-    return targets[order].double().cumsum(0)[last], total[last]
+    last = F.pad(scores.diff() != 0, (0, 1), value=True)  # of equal scores
+    hits = targets[order].double().cumsum(0)[last]  # positives that score so much or more
+    total = torch.arange(1, len(scores) + 1).double()[last]  # all that do
+    recall = F.pad(hits / hits[-1], (1, 0))
+    false = F.pad((total - hits) / (total - hits)[-1], (1, 0))  # the share of negatives that do
+    # Σ (R_n − R_(n−1))·P_n over thresholds n
+    precision = (recall.diff() * hits / total).sum()
+    return precision.item(), torch.trapezoid(recall, false).item()
 
 
 def scores_of(logits: Tensor, targets: Tensor, labels: list[str], name: object = "") -> dict:
@@ -245,14 +240,9 @@ def scores_of(logits: Tensor, targets: Tensor, labels: list[str], name: object =
     there = [i for i in range(len(labels)) if 0 < targets[:, i].sum() < len(targets)]
     if not there:
         raise ValueError(f"{name}: none of the tagger's classes is in some of its clips")
-    ap = {labels[i]: average_precision(logits[:, i], targets[:, i]) for i in there}
-    auc = [roc_auc(logits[:, i], targets[:, i]) for i in there]
-    return {
-        "mAP": float(np.mean([*ap.values()])),
-        "AUC": float(np.mean(auc)),
-        "clips": len(targets),
-        "AP": ap,
-    }
+    ap, auc = zip(*(precision_and_auc(logits[:, i], targets[:, i]) for i in there))
+    means = {"mAP": statistics.mean(ap), "AUC": statistics.mean(auc), "clips": len(targets)}
+    return means | {"AP": {labels[i]: value for i, value in zip(there, ap)}}
 
 
 def mean_and_std(values: list[float]) -> str:
@@ -261,41 +251,46 @@ def mean_and_std(values: list[float]) -> str:
     return mean + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table in Markdown; all columns but the first have numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 @torch.no_grad()
-def test(
-    tagger: nn.Module, data: LatentDataset, labels: list[str], device, batch: int = 32
-) -> dict:
+def test(tagger: nn.Module, data: LatentDataset, labels: list[str], device) -> dict:
     """A tagger's `scores_of` a stored data set."""
+    tagger.eval()
     logits, codec = [], LogMelCodec()
-    indices = range(len(data))
-    for start in tqdm(range(0, len(data), batch), unit="batch", leave=False, desc="test"):
-        x = codec.dequantize(data.stored(indices[start : start + batch])).transpose(1, 2)
-        logits.append(tagger.eval().classify(x.to(device))[1].float().cpu())
-    return scores_of(torch.cat(logits), targets_of(data, indices, labels), labels, data.folder)
+    for part in tqdm(torch.arange(len(data)).split(32), unit="batch", leave=False, desc="test"):
+        x = codec.dequantize(data.stored(part)).transpose(1, 2)  # [B, 1009, 64]
+        logits.append(tagger.classify(x.to(device))[1].float().cpu())
+    targets = targets_of(data, range(len(data)), labels)
+    return scores_of(torch.cat(logits), targets, labels, data.folder)
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
-    model: str = "cnn14"  # cnn14, taltrans or ast
+class Config(train.Config):
+    """train.py's settings, and a tagger's own."""
+
+    model: str = "cnn14"
     width: int = WIDTHS["cnn14"]  # channels of cnn14's first block; of the others, their states'
-    steps: int = 4000
-    batch_size: int = 32
-    lr: float = 1e-3  # peak; AudioSet-20K's in table A10
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
     mixup: float = 0.5  # share of clips mixed with another
     time_mask: int = 192  # frames at most
     mel_mask: int = 24  # bands at most
-    seed: int = 0
+
+
+# The papers' for AudioSet-20K (table A10). The weights aren't averaged.
+RECIPE = "--steps 4000 --batch-size 32 --lr 1e-3 --warmup-steps 200 --beta2 0.999 --ema-decay 0"
 
 
 def augment(x: Tensor, y: Tensor, rng: np.random.Generator, c: Config) -> tuple[Tensor, Tensor]:
     """Mixup and SpecAugment. x: dB [B, T, 64], y: [B, classes]."""
     share = np.where(rng.random(len(x)) < c.mixup, rng.beta(10, 10, len(x)), 1)
-    share, other = torch.from_numpy(share).float().to(x.device), rng.permutation(len(x))
+    share, other = torch.from_numpy(share).float(), rng.permutation(len(x))
     x = share[:, None, None] * x + (1 - share)[:, None, None] * x[other]
     y = share[:, None] * y + (1 - share)[:, None] * y[other]
     mean = x.mean((1, 2), keepdim=True)
@@ -304,79 +299,54 @@ def augment(x: Tensor, y: Tensor, rng: np.random.Generator, c: Config) -> tuple[
         first = rng.integers(0, x.shape[dim] - size + 1)
         place = np.arange(x.shape[dim])
         mask = (place >= first[:, None]) & (place < (first + size)[:, None])
-        mask = torch.from_numpy(mask).to(x.device).unsqueeze(3 - dim)  # [B, T, 1] or [B, 1, 64]
+        mask = torch.from_numpy(mask).unsqueeze(3 - dim)  # [B, T, 1] or [B, 1, 64]
         x = torch.where(mask, mean, x)
     return x, y
 
 
-def train(c: Config, data: LatentDataset, held_out: LatentDataset, out: Path, device) -> dict:
-    """Train a tagger, test it, write OUT/tagger.safetensors and OUT/scores.json. Returns scores.
+class Tagger:
+    """What train.py's loop trains here, instead of its Denoiser. A single process: what batch norm
+    has seen is of one rank."""
 
-    Goes on from OUT/checkpoint.pt, written every so often, if a run of the same settings left one.
-    """
-    keep_freed_memory()
-    torch.manual_seed(c.seed)
-    labels = data.labels
-    tagger = make_tagger(c.model, labels, c.width).to(device)
-    tagger = tagger.to(memory_format=torch.channels_last)  # its convolutions' own, on a CPU, too
-    decay = [p for p in tagger.parameters() if p.dim() > 1]
-    rest = [p for p in tagger.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": decay, "weight_decay": c.weight_decay},
-        {"params": rest, "weight_decay": 0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr)
-    weights = data.sampling_weights().numpy().cumsum()
-    weights /= weights[-1]
-    first, scores, checkpoint = 0, None, out / "checkpoint.pt"
-    run = asdict(c) | {"labels": labels, "clips": len(data)}
-    out.mkdir(parents=True, exist_ok=True)
-    if checkpoint.is_file():
-        try:
-            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-            before = saved["run"]
-        except Exception as e:  # of many types: a damaged byte leads the unpickler anywhere
-            raise ValueError(f"{checkpoint}: damaged ({e!r:.80}); delete it to start again") from e
-        if before != run:
-            differs = ", ".join(k for k in run if before.get(k) != run[k])
-            raise ValueError(
-                f"{out}: holds a run of other settings ({differs}); choose another --out"
-            )
-        tagger.load_state_dict(saved["tagger"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
-    print(f"{c.model}: {sum(p.numel() for p in tagger.parameters()):,} parameters, "
-          f"{len(labels)} classes, {len(data):,} clips, from step {first}")  # fmt: skip
+    def __init__(self, c: Config, device: torch.device):
+        self.c, self.device, self.step = c, device, 0
+        self.data, self.val = open_features(c.data), open_features(c.val_data)
+        self.clips, self.labels = len(self.data), labels_of(self.data)
+        self.targets = targets_of(self.data, range(self.clips), self.labels)
+        self.p, self.codec, self.scores = balanced(self.targets), LogMelCodec(), None
+        torch.manual_seed(c.seed)
+        tagger = make_tagger(c.model, self.labels, c.width).to(device)
+        self.network = tagger.to(memory_format=torch.channels_last)  # convolutions' own, on a CPU
 
-    codec = LogMelCodec()
-    bar = tqdm(range(first, c.steps), initial=first, total=c.steps, unit="step")
-    for step in bar:
-        tagger.train()
-        rng = np.random.default_rng((c.seed, 1, step))
-        torch.manual_seed(c.seed * 1_000_003 + step)  # dropout
-        indices = clips_of_step(step, c.batch_size, weights, len(data), c.seed)
-        x = codec.dequantize(data.stored(indices).to(device)).transpose(1, 2)  # [B, 1009, 64]
-        x, y = augment(x, targets_of(data, indices.tolist(), labels).to(device), rng, c)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
-        with torch.autocast(device.type, torch.bfloat16):
-            logits = tagger.classify(x)[1]
-        loss = F.binary_cross_entropy_with_logits(logits.float(), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == c.steps:
-            scores = test(tagger, held_out, labels, device)
-            bar.write(f"step {step + 1}: mAP {scores['mAP']:.4f}, AUC {scores['AUC']:.4f}")
-            state = {"run": run, "step": step + 1, "tagger": tagger.state_dict()}
-            aside = checkpoint.with_suffix(".tmp")
-            torch.save(state | {"optimizer": optimizer.state_dict()}, aside)
-            aside.rename(checkpoint)
-    save_tagger(out / "tagger.safetensors", tagger, c.model, labels, c.width)
-    scores = (scores or test(tagger, held_out, labels, device)) | {"config": asdict(c)}
-    write_aside(out / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
-    return scores
+    def choose(self, step: int, global_batch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.c.seed, 0, step))
+        return rng.choice(self.clips, global_batch, p=self.p.numpy())
+
+    def batch(self, step: int, places: range, clips: np.ndarray) -> tuple[Tensor, Tensor, int]:
+        """dB [B, 1009, 64], targets [B, classes], and a seed for dropout."""
+        rng = np.random.default_rng((self.c.seed, 1, step, places.start))
+        x = self.codec.dequantize(self.data.stored(clips)).transpose(1, 2)
+        return *augment(x, self.targets[clips].float(), rng, self.c), int(rng.integers(2**63))
+
+    def loss(self, network: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        bf16 = self.c.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits = network.train().classify(x.to(self.device))[1].float()
+        y = y.to(self.device)
+        return F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(1)
+
+    def validate(self, ema: nn.Module, rank: int, ranks: int) -> dict:
+        """The average has the same weights, but has seen no statistics for its batch norm."""
+        self.scores = test(self.network, self.val, self.labels, self.device)
+        means = {key: self.scores[key] for key in ("mAP", "AUC")}
+        tqdm.write(f"step {self.step}: mAP {means['mAP']:.4f}, AUC {means['AUC']:.4f}")
+        return means
+
+    def write(self, ema: nn.Module, folder: Path) -> None:
+        path, c = folder / "tagger.safetensors", self.c
+        save_tagger(path, self.network, c.model, self.labels, c.width)
+        (folder / "scores.json").write_text(json.dumps(self.scores, indent=1) + "\n")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -388,62 +358,64 @@ def show(scores: dict) -> None:
     print(f"mAP {scores['mAP']:.4f}, AUC {scores['AUC']:.4f} on {scores['clips']} clips")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and those left for train.py's `parse_args`."""
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
     commands = parser.add_subparsers(dest="command", required=True)
-    encode = commands.add_parser("encode", help="audio and a table -> log-mel features")
-    encode.add_argument("audio_folder", type=Path)
-    encode.add_argument("table", type=Path, help="as for `latents.py encode`")
-    encode.add_argument("--out", type=Path, required=True)
-    encode.add_argument("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
-    encode.add_argument("--workers", type=int, default=2)
-    fit = commands.add_parser("train", help="features -> tagger, with its scores")
-    fit.add_argument("data", type=Path, nargs="?", help="features [of tiny/'s training scenes]")
-    fit.add_argument("--test", type=Path, help="features to test on [of tiny/'s held-out scenes]")
-    fit.add_argument("--out", type=Path, default=Path("runs/tagger"), help="folder [runs/tagger]")
-    for name, default in asdict(Config()).items():
-        choices = sorted(WIDTHS) if name == "model" else None
-        shown = ", ".join(f"{m}: {w}" for m, w in WIDTHS.items()) if name == "width" else default
-        option = "--" + name.replace("_", "-")
-        default = None if name == "width" else default
-        kind = int if name == "width" else type(default)
-        fit.add_argument(option, type=kind, default=default, choices=choices, help=f"[{shown}]")
-    score = commands.add_parser("test", help="a tagger's scores on features")
-    score.add_argument("tagger", type=Path)
-    score.add_argument("data", type=Path, nargs="?", help="features [of tiny/'s held-out scenes]")
-    for command in (fit, score):
-        command.add_argument("--device", help="cpu or cuda [cuda where there is one]")
-    args = parser.parse_args(arguments)
-    if args.command == "train":
-        args.width = WIDTHS[args.model] if args.width is None else args.width
-        if amiss := width_amiss(args.model, args.width):
-            parser.error(f"--{amiss}")
-        if min(args.batch_size, args.steps) < 1 or args.seed < 0:
-            parser.error("--batch-size and --steps are 1 or more, --seed 0 or more")
-        if not 0 <= args.mixup <= 1 or not 0 <= args.time_mask <= FRAMES:
-            parser.error(f"--mixup is 0 to 1, --time-mask 0 to {FRAMES}")
-        if not 0 <= args.mel_mask <= LogMelCodec.channels:
-            parser.error(f"--mel-mask is 0 to {LogMelCodec.channels}")
+    add = commands.add_parser("encode", help="audio and a table -> log-mel features").add_argument
+    add("audio_folder", type=Path)
+    add("table", type=Path, help="as for `latents.py encode`")
+    add("--out", type=Path, required=True)
+    add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
+    add("--workers", type=int, default=2)
+    more = f"and train.py's options for its loop: [{RECIPE}]"
+    fit = commands.add_parser("train", help="features -> tagger, scores", epilog=more, **style)
+    add = fit.add_argument
+    add("data", type=Path, nargs="?", help="features [of tiny/'s training scenes]")
+    add("--test", type=Path, help="features to test on [of tiny/'s held-out scenes]")
+    add("--out", default="runs/tagger", help="folder; the tagger is in OUT/model [runs/tagger]")
+    add("--model", choices=WIDTHS, default="cnn14", help="[cnn14]")
+    add("--width", type=int, help=f"[{', '.join(f'{m}: {w}' for m, w in WIDTHS.items())}]")
+    add("--mixup", type=float, default=Config.mixup, help="share of clips that are mixed [0.5]")
+    add("--time-mask", type=int, default=Config.time_mask, help="frames at most [192]")
+    add("--mel-mask", type=int, default=Config.mel_mask, help="bands at most [24]")
+    add = commands.add_parser("test", help="a tagger's scores on features").add_argument
+    add("tagger", type=Path)
+    add("data", type=Path, nargs="?", help="features [of tiny/'s held-out scenes]")
+    add("--device", help="cpu or cuda [cuda where there is one]")
+    args, rest = parser.parse_known_args(arguments)
+    if args.command != "train" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, rest
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> None:
+    if args.command == "encode":
+        rows = latents.rows_to_encode(args.table, args.audio_folder, args.class_labels)
+        load = functools.partial(latents.load_row, audio_folder=args.audio_folder)
+        latents.encode_dataset(args.out, LogMelCodec(), rows, load, workers=args.workers)
+        print(f"{args.out}: {len(LatentDataset(args.out))} clips")
+    elif args.command == "train":
+        own = {key: getattr(args, key) for key in ("model", "mixup", "time_mask", "mel_mask")}
+        own |= {"width": args.width or WIDTHS[args.model], "out": args.out}
+        own["data"] = str(args.data or tiny_features("train"))
+        own["val_data"] = str(args.test or tiny_features("test"))
+        shared = train.parse_args([*RECIPE.split(), *rest])
+        folder = train.train(Config(**vars(shared) | own), Tagger)
+        show(latents.read_json(folder / "scores.json"))
+        print(folder / "tagger.safetensors")
+    else:
+        tagger, labels = load_tagger(args.tagger)
+        device = latents.pick_device(args.device)
+        data = open_features(args.data or tiny_features("test"))
+        show(test(tagger.to(device), data, labels, device))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args, rest = parse_args(arguments)
     try:
-        if args.command == "encode":
-            rows = latents.read_table(args.table, args.audio_folder, args.class_labels)
-            load = functools.partial(latents.load_row, audio_folder=args.audio_folder)
-            latents.encode_dataset(args.out, LogMelCodec(), rows, load, workers=args.workers)
-            print(f"{args.out}: {len(LatentDataset(args.out))} clips")
-        elif args.command == "train":
-            names = asdict(Config())
-            c = Config(**{k: v for k, v in vars(args).items() if k in names})
-            data = open_features(args.data or tiny_features("train"))
-            held_out = open_features(args.test or tiny_features("test"))
-            show(train(c, data, held_out, args.out, latents.pick_device(args.device)))
-            print(args.out / "tagger.safetensors")
-        else:
-            tagger, labels = load_tagger(args.tagger)
-            device = latents.pick_device(args.device)
-            data = open_features(args.data or tiny_features("test"))
-            show(test(tagger.to(device), data, labels, device))
+        run(args, rest)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Tagging by ear and eye, where what is seen counts as far as it fits (P2, A.4.2, table A8).
 
 h_i, i = 1 … T, are the states of the audio, then those of the video, brought to one width; s in
-0 … 1 is the clip's entailment score (captions.py entail). For each class k, attention pooling:
+0 … 1 is the clip's entailment score (visual_captions.py). For each class k, attention pooling:
 
     α_ki = exp(a_ki) / Σ_j exp(a_kj)       c_k = Σ_i α_ki·h_i       logit_k = w_k·c_k + b_k
 
@@ -16,7 +16,7 @@ fusion is "pure concatenation": w_k·[c_k of the audio; c_k of the video], each 
 
     python -m appendix.fusion simulate             what the discount does, where that is known
     python -m appendix.fusion train AUDIO --test AUDIO --video FOLDER --scores run.jsonl
-    python -m appendix.fusion train … --tagger runs/taltrans/tagger.safetensors    by its states
+    python -m appendix.fusion train … --tagger runs/taltrans/model/tagger.safetensors
 
 What AUDIO, FOLDER and run.jsonl are, appendix/audio_visual.py says. A clip without video goes by
 its audio; "video" and "concatenation" see zeros there. `simulate` makes videos and scores up: it
@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 import latents
 from appendix.audio_visual import Clips, read_audio, read_scores, read_video, simulated
-from appendix.classify import TINY, TALTrans, load_tagger, mean_and_std, scores_of
+from appendix.classify import TALTrans, labels_of, load_tagger, markdown, mean_and_std, scores_of
 from latents import LatentDataset, read_json, write_aside
-from train import clips_of_step, compose_tiny, learning_rate, must_agree
+from train import TINY, clips_of_step, compose_tiny, learning_rate, must_agree
 
 # How much audio and video count, if it isn't a score that says so.
 FIXED = {"audio": (1.0, 0.0), "video": (0.0, 1.0), "attention": (1.0, 1.0)}
@@ -99,7 +99,7 @@ def fit(mode: str, score: str, clips: Clips, c: Config, seed: int, device) -> Fu
     net = Fusion(clips.audio.shape[2], clips.video.shape[2], clips.targets.shape[1], c.width, mode)
     optimizer = torch.optim.AdamW(net.to(device).parameters(), c.lr, weight_decay=0.01)
     for step in tqdm(range(c.steps), unit="step", leave=False, desc=f"{mode} {score}"):
-        indices = clips_of_step(step, c.batch_size, None, len(clips.audio), seed)
+        indices = clips_of_step(step, c.batch_size, len(clips.audio), seed)
         logits = net(*clips.inputs(score, indices, device))
         loss = F.binary_cross_entropy_with_logits(logits, clips.targets[indices].to(device))
         for group in optimizer.param_groups:
@@ -131,15 +131,14 @@ def measure(net: Fusion, score: str, clips: Clips, labels: list[str], device) ->
     return result
 
 
-def table(clips: Clips, held_out: Clips, labels: list[str], about: dict, c: Config, args) -> None:
+def table(clips: Clips, held_out: Clips, labels: list[str], c: Config, args) -> None:
     """Train and measure all that aren't in OUT/table.json yet; print it."""
     path, device = args.out / "table.json", latents.pick_device(args.device)
     digest = hashlib.sha256()  # files of the same name may have changed
     for part in (clips, held_out):
         for x in (part.audio, part.video, part.there, part.targets, *part.scores.values()):
             digest.update(x.contiguous().numpy().tobytes())
-    about |= {"features (their hash)": digest.hexdigest()}
-    about = json.loads(json.dumps(about | asdict(c)))
+    about = asdict(c) | {"features (their hash)": digest.hexdigest()}
     saved = {"about": about, "rows": {}}
     if path.is_file():
         saved = read_json(path, "about", "rows")
@@ -154,24 +153,20 @@ def table(clips: Clips, held_out: Clips, labels: list[str], about: dict, c: Conf
                 net = fit(mode, score, clips, c, seed, device)
                 found[str(seed)] = measure(net, score, held_out, labels, device)
                 write_aside(path, (json.dumps(saved, indent=1) + "\n").encode())
-    columns = list(saved["rows"]["audio"][str(args.seeds[0])])
-    print(f"in per cent; {len(clips.audio)} clips, tested on {len(held_out.audio)}, "
-          f"{len(args.seeds)} seeds\n\n| | {' | '.join(columns)} |\n| --- |"
-          + " ---: |" * len(columns))  # fmt: skip
+    columns, lines = list(saved["rows"]["audio"][str(args.seeds[0])]), []
     for row in rows:
         found = [saved["rows"][row][str(seed)] for seed in args.seeds]
-        cells = [mean_and_std([values[column] for values in found]) for column in columns]
-        print(f"| {row} | {' | '.join(cells)} |")
-    print(path)
+        lines.append([row, *(mean_and_std([x[column] for x in found]) for column in columns)])
+    print(f"in per cent; {len(clips.audio)} clips, tested on {len(held_out.audio)}, "
+          f"{len(args.seeds)} seeds\n\n{markdown(['', *columns], lines)}\n{path}")  # fmt: skip
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text in (("train", "real features"), ("simulate", "made-up videos and scores")):
         add = commands.add_parser(command, help=text, description=text).add_argument
@@ -180,7 +175,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         add("--test", type=Path, required=not tiny, help="the same, to test on" + tiny)
         if command == "train":
             add("--video", type=Path, required=True, help="features: folder of ID.npy, or an .npz")
-            add("--scores", type=Path, required=True, help="records of captions.py entail")
+            add("--scores", type=Path, required=True, help="records with entailment scores")
         else:
             add("--noise", type=float, default=2.0, help="std of a frame's; a class's looks: 1 [2]")
         add("--tagger", type=Path, help="a taltrans: its states are what is heard [the latents]")
@@ -194,14 +189,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.data) != bool(args.test):
         parser.error("DATA and --test go together")
-    if min(args.width, args.steps, args.batch_size, args.clips or 1) < 1 or min(args.seeds) < 0:
-        parser.error("--width, --steps, --batch-size, --clips are 1 or more, --seeds 0 or more")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
     simulate = args.command == "simulate"
-    if not args.data or not args.test:
+    if not args.data:
         compose_tiny()
     data = LatentDataset(args.data or TINY / "data" / "train")
     test = LatentDataset(args.test or TINY / "data" / "test")
@@ -212,15 +205,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.tagger}: expected a taltrans, which has states over time")
     sizes = [min(args.clips or (3000 if simulate else len(data)), len(data)), len(test)]
     clips = [read_audio(x, n, tagger, data) for x, n in zip((data, test), sizes)]
-    hashes = [read_json(x.folder / "plan.json", "table")["table"] for x in (data, test)]
-    about = {"tables": hashes, "clips": sizes, "tagger": str(args.tagger)}
     if simulate:
-        about["noise"] = args.noise
         clips = [simulated(x, seed, args.noise) for seed, x in enumerate(clips)]
     else:
-        about |= {"video": str(args.video), "scores": str(args.scores)}
-        parts = zip((data, test), sizes)
-        ids = [str(part.record(i)["id"]) for part, n in parts for i in range(n)]
+        ids = [part.record(i)["id"] for part, n in zip((data, test), sizes) for i in range(n)]
         video, there, found = read_video(args.video, ids)
         print(f"{args.video}: {int(found.sum())} of {len(ids)} clips have video")
         scores = read_scores(args.scores, ids)
@@ -228,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
             mine = {name: s[part] for name, s in scores.items()}
             clips[i] = replace(clips[i], video=video[part], there=there[part], scores=mine)
     c = Config(**{name: getattr(args, name) for name in asdict(Config())})
-    table(*clips, data.labels, about, c, args)
+    table(*clips, labels_of(data), c, args)
     if simulate:
         print("A simulation: videos and scores are made up; nothing here is about real videos.")
 

@@ -34,9 +34,10 @@ from torch import Tensor
 import latents
 import sample
 from appendix import adapt
-from appendix.classify import TINY, LogMelCodec, open_features
+from appendix.classify import TINY, LogMelCodec, labels_of, open_features
 from evaluate import file_sha256
-from latents import LatentDataset, write_aside
+from latents import LatentDataset, template, write_aside
+from unet import WEIGHTS
 
 KINDS = ("plain", "inversion")
 GROUP = 8  # plain clips generated at a time
@@ -73,7 +74,7 @@ def make_real(args: argparse.Namespace) -> tuple[LatentDataset, Path]:
     """The real clips' features, OUT/real, and where their audio is; OUT/real.jsonl lists them."""
     audio = args.audio or args.out / "audio"
     if args.audio:
-        rows = latents.read_table(args.table, args.audio, args.class_labels)
+        rows = latents.rows_to_encode(args.table, args.audio, args.class_labels)
         rows = balanced_subset(rows, args.per_class)
     else:
         rows = tiny_clips(audio, args.per_class)
@@ -91,75 +92,74 @@ def make_real(args: argparse.Namespace) -> tuple[LatentDataset, Path]:
 def generated_rows(kind: str, real: LatentDataset, times: int, seed: int) -> list[dict]:
     """`times` rows for each real clip. Row n of a plain set has labels from (seed, n); one of an
     inversion set those of real clip `of`, of which it is version number `version`."""
-    rows = []
+    rows, known = [], labels_of(real)
     for n in range(times * len(real)):
         if kind == "plain":
             rng = np.random.default_rng((seed, n))
-            count = min(int(rng.integers(1, 4)), len(real.labels))  # P2: N ∈ [1, 2, 3]
-            labels = words = rng.choice(real.labels, count, replace=False).tolist()
+            count = min(int(rng.integers(1, 4)), len(known))  # P2: N ∈ [1, 2, 3]
+            labels = words = rng.choice(known, count, replace=False).tolist()
             of, version = None, n // len(real)
         else:
             of, version = divmod(n, times)
             labels = real.record(of)["labels"]
             words = [adapt.word_of(label) for label in labels]
-        row = {"id": f"{kind}-{n:06d}", "file": f"{kind}-{n:06d}", "labels": labels, "number": n}
-        row["captions"] = [adapt.TEMPLATES[0].format(", ".join(words))]
-        rows.append(row | {"of": of, "version": version})
+        row = {"id": f"{kind}-{n:06d}", "labels": labels, "captions": [template(words)]}
+        rows.append(row | {"number": n, "of": of, "version": version})
     return rows
 
 
 def learn_words(audio: Path, args: argparse.Namespace) -> Path:
-    """A word for each class of the real clips, by textual inversion in OUT/words."""
-    run, options = args.out / "words", ["--device", args.device] if args.device else []
-    options += ["--encodec-weights", args.encodec_weights] if args.encodec_weights else []
-    options += ["--model", args.model, "--audio", audio, "--table", args.out / "real.jsonl"]
-    options += ["--steps", args.inversion_steps, "--out", run, "--precision", args.precision]
-    adapt.main(["textual-inversion", "--each-label", *map(str, options)])
-    return run / "model" / "embedding.safetensors"
+    """A model with a word for each class of the real clips, by textual inversion in OUT/words."""
+    options = {"--model": args.model, "--audio": audio, "--table": args.out / "real.jsonl"}
+    options |= {"--out": args.out / "words", "--steps": args.inversion_steps}
+    options |= {"--precision": args.precision, "--device": args.device}
+    options |= {"--encodec-weights": args.encodec_weights}
+    given = [str(x) for pair in options.items() if pair[1] for x in pair]
+    adapt.main(["textual-inversion", "--each-label", *given])
+    return args.out / "words" / "model"
 
 
 def make(kind: str, real: LatentDataset, audio: Path, args: argparse.Namespace) -> LatentDataset:
-    """The generated clips' features, OUT/KIND; a stopped command goes on after the last shard."""
-    folder, model = args.out / kind, None
-    about = {"model": file_sha256(args.model / "unet" / "diffusion_pytorch_model.safetensors")}
-    options = {"steps": args.denoising_steps, "guidance": args.guidance, "seed": args.seed}
-    done = (folder / "dataset.json").is_file()
+    """The generated clips' features, OUT/KIND; a stopped command goes on after the last batch."""
+    folder, model, source = args.out / kind, None, args.model
+    done = (folder / "codec.json").is_file()
+    made = {"steps": args.denoising_steps, "guidance": args.guidance, "seed": args.seed}
+    about = {}
     if kind == "inversion":
-        words = args.embedding or args.out / "words" / "model" / "embedding.safetensors"
-        if not args.embedding and not done:
-            words = learn_words(audio, args)
-        about["words"] = file_sha256(words)
-        options["strength"] = args.strength
+        source = args.words_model or args.out / "words" / "model"
+        if not args.words_model and not done:
+            source = learn_words(audio, args)
+        about["words"] = file_sha256(source / adapt.WORDS)
+        made["strength"] = args.strength
+    about["model"] = file_sha256(source / "unet" / f"{WEIGHTS}.safetensors")
     rows = generated_rows(kind, real, args.times, args.seed)
-    rows = [row | {"made": about | options} for row in rows]
+    rows = [row | {"made": about | made} for row in rows]
     if not done:
-        model = sample.load_model(args.model, args.device, args.encodec_weights)
-        if kind == "inversion":
-            sample.add_embedding(model, words)
-            wanted = {adapt.word_of(label) for label in real.labels}
-            if missing := sorted(wanted - model.encoder.words.keys()):
-                raise ValueError(f"{words}: has no word for {', '.join(missing)}")
+        model = sample.load_model(source, args.device, args.encodec_weights)
+        words = {adapt.word_of(label) for label in labels_of(real)} if "words" in about else set()
+        if missing := sorted(words - adapt.words_of(source).keys()):
+            raise ValueError(f"{source}: has no word for {', '.join(missing)}")
         print(f"{folder}: {len(rows)} clips to generate")
     size = args.times if kind == "inversion" else GROUP  # image-to-image: versions of one clip
 
     @functools.lru_cache(1)
     def group(number: int) -> Tensor:
         part = rows[number * size : (number + 1) * size]
-        start = None
+        options = {"batch_size": size, "precision": args.precision} | made
+        options["indices"] = [row["number"] for row in part]
         if kind == "inversion":
-            start = latents.load_row(real.record(part[0]["of"]), audio)[0]
-        prompts, numbers = [row["captions"][0] for row in part], [row["number"] for row in part]
-        rest = options | {"indices": numbers, "init_audio": start, "precision": args.precision}
-        return sample.generate(model, prompts, batch_size=size, **rest)
+            start = real.record(part[0]["of"])
+            options["init_audio"] = latents.load_row(start, audio)[0]
+        return sample.generate(model, [row["captions"][0] for row in part], **options)
 
     def load(row: dict) -> Tensor:
         return group(row["number"] // size)[row["number"] % size][None]
 
-    latents.encode_dataset(folder, LogMelCodec(), rows, load, shard_rows=8 * size)
-    made = open_features(folder)
-    if len(made) < len(rows):
-        raise ValueError(f"{folder}: {len(rows) - len(made)} clips weren't made, see skipped.csv")
-    return made
+    latents.encode_dataset(folder, LogMelCodec(), rows, load)
+    data = open_features(folder)
+    if len(data) < len(rows):
+        raise ValueError(f"{folder}: {len(rows) - len(data)} clips weren't made, see skipped.csv")
+    return data
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -177,13 +177,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, default=TINY / "model", help="that generates [tiny/model]")
     add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="[both]")
     add("--times", type=int, default=2, help="generated clips for each real one [2]")
-    add("--embedding", type=Path, help="words of all classes [they are learned]")
+    add("--words-model", type=Path, help="model folder with words for all classes [learned]")
     add("--inversion-steps", type=int, default=1000, help="to learn them [1000]")
     add("--strength", type=float, default=0.5, help="of image-to-image [0.5]")
     add("--denoising-steps", type=int, default=45, help="[45]")
     add("--guidance", type=float, help="[the model's own]")
     add("--seed", type=int, default=0, help="of the generated clips [0]")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of generation [bf16]")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="[auto]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     add("--encodec-weights", help="EnCodec's weights, for models that decode with it")
 
@@ -191,18 +191,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if bool(args.audio) != bool(args.table):
         parser.error("--audio and --table go together")
-    if min(args.times, args.inversion_steps, args.denoising_steps) < 1:
-        parser.error("--times, --inversion-steps and --denoising-steps are 1 or more")
-    if min(args.per_class, args.workers, args.seed) < 0:
-        parser.error("--per-class, --workers and --seed are 0 or more")
     if not 0 < args.strength <= 1 or (args.guidance or 1) <= 0:
         parser.error("--strength is above 0 and at most 1, --guidance above 0")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add_options(parser)
     args = parser.parse_args(arguments)
     check_options(parser, args)

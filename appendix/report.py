@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from latents import CLIP_SAMPLES, SAMPLE_RATE, read_audio, resample, write_aside
+from appendix.more_metrics import caption_of
+from latents import CLIP_SAMPLES, SAMPLE_RATE, read_audio, read_table, resample, write_aside
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #3b7dd8; --dim: #888; }
@@ -45,14 +46,7 @@ svg text { font: 13px system-ui, sans-serif; fill: currentColor; } svg rect { fi
 .note { color: var(--dim); font-size: .9rem; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } body { padding: .6rem; } }
 """
-COLUMNS = {
-    "N": "N",
-    "FD": "FD",
-    "FD_extrapolated": "FD, N → ∞",
-    "IS": "IS",
-    "KL_softmax": "KL",
-    "KL_sigmoid": "KL sigmoid",
-}
+COLUMNS = {"N": "N", "FD": "FD", "IS": "IS", "KL_softmax": "KL"}
 
 
 def data_url(kind: str, data: bytes) -> str:
@@ -84,7 +78,7 @@ def player(path: Path, caption: str) -> str:
     )
 
 
-def table(sets: dict[str, dict]) -> str:
+def table_of(sets: dict[str, dict]) -> str:
     head = "".join(f"<th>{title}</th>" for title in ("", *COLUMNS.values()))
     body = ""
     for name, row in sets.items():
@@ -114,17 +108,16 @@ def bars(sets: dict[str, dict], key: str) -> str:
 def prompt_of(path: Path) -> str:
     """The prompt in a WAV of sample.py's; "" in any other file."""
     try:
-        return evaluate.caption_of(path)
+        return caption_of(path)
     except ValueError:
         return ""
 
 
-def page(generated: Path, reference: Path, captions: dict, metrics: dict, clips: int) -> str:
-    """The whole page. ValueError if no names are in both folders. captions: of evaluate.py's
-    --table, which then says what is a pair; without one, titles are the prompts in the WAVs."""
-    ours, real = evaluate.sounds_of(generated), evaluate.sounds_of(reference)
-    if captions:
-        ours, real = (evaluate.select(paths, list(captions)) for paths in (ours, real))
+def page(generated: Path, reference: Path, table: list[dict], metrics: dict, clips: int) -> str:
+    """The whole page. ValueError if no names are in both folders. table: evaluate.py's --table,
+    which then says what is a pair; without one, titles are the prompts in the WAVs."""
+    ours, real = (evaluate.sounds_of(folder, table or None) for folder in (generated, reference))
+    captions = {clip["id"]: clip["captions"][0] for clip in table if clip["captions"]}
     names = sorted(ours.keys() & real.keys())
     if not names:
         raise ValueError(f"{generated} and {reference}: no names in common")
@@ -137,7 +130,7 @@ def page(generated: Path, reference: Path, captions: dict, metrics: dict, clips:
     parts += [
         f"<p>FD, IS and KL by {html.escape(about['file'])} at {about['sample_rate']} Hz. FD, KL: "
         "lower is better; IS: higher.</p>",
-        table(sets),
+        table_of(sets),
         f"<p class=note>{'<br>'.join(map(html.escape, evaluate.notes(metrics)))}</p>",
     ]
     for key, title in (("FD", "FD"), ("KL_softmax", "KL")):
@@ -219,8 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
             metrics["classifier"]["sha256"], evaluate.notes(metrics)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: not a file of evaluate.py's ({e!r})") from e
-        captions = evaluate.read_table(args.table) if args.table else {}
-        text = page(args.generated, args.reference, captions, metrics, args.clips)
+        clips = read_table(args.table) if args.table else []
+        text = page(args.generated, args.reference, clips, metrics, args.clips)
         write_aside(args.out, text.encode())
         print(f"{args.out}: {len(text) / 2**20:.1f} MB")
     except (ValueError, OSError) as e:

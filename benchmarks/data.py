@@ -1,19 +1,19 @@
 """How fast a training process gets at its data, and how that grows with the data set.
 
-A data set of random EnCodec codes is written through latents.py, and one twenty times as large is
-made of links to its shards. Then, on one thread, each in a process of its own:
+A data set of random EnCodec codes is written through latents.py, and one twenty times as large, a
+sparse file that takes no room. Then, on one thread, each in a process of its own:
 
     read        random batches gathered from the memory map                      clips a second
     read + z    the same, and the latents of the codes (EnCodec's arithmetic, random codebooks)
-    start       opening the data set; the same and all sampling weights          seconds
+    records     random clips' records                                            clips a second
+    open        opening the data set                                             seconds
     memory      what reading adds to the process beside the map's pages, which the system may drop
 
-    python -m benchmarks.data                     100,000 and 2,000,000 clips; 0.8 GB, a minute
+    python -m benchmarks.data                     100,000 and 2,000,000 clips; 1.1 GB, a minute
     python -m benchmarks.data --clips 10000
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -55,26 +55,19 @@ def write(folder: Path, clips: int) -> None:
         {"id": f"{i:011d}", "file": f"{i:011d}", "captions": ["a sound"], "labels": [f"{i % 527}"]}
         for i in range(clips)
     ]
-    encode_dataset(folder, RandomCodes(), rows, lambda row: silence, batch_size=4)
+    encode_dataset(folder, RandomCodes(), rows, lambda row: silence, batch_size=64)
 
 
 def repeat(folder: Path, out: Path, times: int) -> None:
-    """A data set `times` as large, of links to the shards."""
-    out.mkdir()
-    about = json.loads((folder / "dataset.json").read_bytes())
-    shards = len(about["shard_clips"])
-    for i in range(shards * times):
-        for suffix in (".npy", ".jsonl", ".json"):
-            source = folder / f"shard-{i % shards:05d}{suffix}"
-            (out / f"shard-{i:05d}{suffix}").symlink_to(source)
-    about |= {"shard_clips": about["shard_clips"] * times, "clips": about["clips"] * times}
-    (out / "dataset.json").write_text(json.dumps(about))
-    shutil.copy(folder / "latent_stats.safetensors", out)
-    for name in ("record_offsets", "label_ids"):
-        np.save(out / f"{name}.npy", np.tile(np.load(folder / f"{name}.npy"), times))
-    starts = np.load(folder / "label_starts.npy")
-    more = [starts[1:] + k * starts[-1] for k in range(times)]
-    np.save(out / "label_starts.npy", np.concatenate([starts[:1], *more]))
+    """A data set `times` as large: its records again and again, and an array full of zeros."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("codes.npy", "clips.jsonl"))
+    codes = np.load(folder / "codes.npy", mmap_mode="r")
+    shape = (times * len(codes), *codes.shape[1:])
+    np.lib.format.open_memmap(out / "codes.npy", "w+", codes.dtype, shape)
+    lines = [line.partition(",")[2] for line in (folder / "clips.jsonl").open()]
+    with open(out / "clips.jsonl", "w") as file:
+        for i in range(times * len(lines)):
+            file.write(f'{{"row": {i},{lines[i % len(lines)]}')
 
 
 def own_memory() -> int:
@@ -101,10 +94,11 @@ def measure(folder: Path, batch_size: int, seconds: float = 5.0) -> dict:
             clips += batch_size
         rates[name] = clips / (time.process_time() - begun)
         memory = memory if name != "read" else own_memory() - before - codec.codebooks.nbytes
-    started = time.perf_counter()
-    data.sampling_weights()
-    weighed = time.perf_counter() - started
-    return {"clips": len(data), **rates, "open": opened, "weights": weighed, "memory": memory}
+    begun = time.process_time()
+    for i in rng.integers(len(data), size=10_000):
+        data.record(i)
+    rates["records"] = 10_000 / (time.process_time() - begun)
+    return {"clips": len(data), **rates, "open": opened, "memory": memory}
 
 
 def main() -> None:
@@ -119,13 +113,13 @@ def main() -> None:
         write(small, args.clips)
         print(f"{args.clips:,} clips written in {time.perf_counter() - started:.0f} s")
         repeat(small, large, 20)
-        print(f"{'clips':>10}{'read/s':>10}{'read + z/s':>12}{'open s':>9}{'weights s':>11}"
+        print(f"{'clips':>10}{'read/s':>10}{'read + z/s':>12}{'records/s':>11}{'open s':>9}"
               f"{'memory MB':>11}")  # fmt: skip
         for data in (small, large):
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 row = pool.submit(measure, data, args.batch_size).result()
             rates = f"{row['clips']:>10,}{row['read']:>10,.0f}{row['read + z']:>12,.0f}"
-            times = f"{row['open']:>9.3f}{row['weights']:>11.2f}"
+            times = f"{row['records']:>11,.0f}{row['open']:>9.3f}"
             print(f"{rates}{times}{row['memory'] / 1e6:>11.1f}")
 
 

@@ -31,7 +31,7 @@ ROOT = Path(latents.__file__).parent
 def encode(folder: Path, ranks: int, out: Path) -> float:
     """Seconds of the command."""
     options = [folder, folder / "table.csv", "--encodec-weights", folder / "encodec.th"]
-    options += ["--out", out, "--workers", "1", "--shard-rows", "8", "--device", "cpu"]
+    options += ["--out", out, "--workers", "1", "--batch-size", "8", "--device", "cpu"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     command = [sys.executable, *(torchrun if ranks > 1 else []), ROOT / "latents.py", "encode"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -72,7 +72,8 @@ class Variant(MelCodec):
             for _ in range(3 if self.together else 0 if i else 30):
                 q = s**self.power
                 s = (q * target / (self.mel.T @ (self.mel @ q) + 1e-9)) ** (1 / self.power)
-            wave = self.istft(full_scale * s * phase, samples)
+            spectrum = full_scale * s * phase
+            wave = torch.istft(spectrum, self.n_fft, HOP, window=self.window, length=samples)
             rebuilt = self.stft(wave)
             s = rebuilt.abs() / full_scale if self.together else s
             phase = (rebuilt - self.momentum / (1 + self.momentum) * last).sgn()
@@ -117,7 +118,7 @@ VARIANTS = {
 def hear(waves: Tensor, tagger: evaluate.Cnn14) -> evaluate.Features:
     """As evaluate.py hears a file."""
     waves = waves - waves.mean(1, keepdim=True)
-    sounds = {f"{i:04d}": lambda wave=wave: (wave, SAMPLE_RATE) for i, wave in enumerate(waves)}
+    sounds = {f"{i:04d}": lambda wave=wave: wave for i, wave in enumerate(waves)}
     return evaluate.hear(sounds, tagger, cache=None)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 import diffusion
 import sample
 from benchmarks.arithmetic import TOKENS, forward_flops
-from latents import GRID, LatentStats, keep_freed_memory
+from latents import GRID, LatentStats, keep_freed_memory, to_sequence
 from unet import UNet, UNetConfig, to_diffusers_config
 
 GUIDANCE = 6.5
@@ -61,14 +61,15 @@ def ours(unet: UNet, states: Tensor, *, steps: int, precision: str) -> Tensor:
     model = sample.Model(
         unet=unet,
         encoder=Given(states),
-        codec=SimpleNamespace(channels=channels, decode=lambda z: z),
+        codec=SimpleNamespace(channels=channels, to_sequence=to_sequence, decode=lambda z: z),
         stats=LatentStats(torch.zeros(channels), torch.ones(channels)),
         alphas_cumprod=diffusion.cosine_alphas_cumprod(),
         prediction="eps",
         guidance=GUIDANCE,
+        steps=steps,
         device=torch.device("cpu"),
     )
-    return sample.generate(model, [""], steps=steps, precision=precision)
+    return sample.generate(model, [""], precision=precision)
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ from transformers import AutoModel, AutoTokenizer; lap("import transformers")
 model = sample.load_model(); lap("load the model folder")
 states = model.encoder(["", "dog barking"]); lap("encode the text")
 decode = model.codec.decode
-model.codec.decode = lambda z: (lap("U-Net, 46 calls"), decode(z))[1]
+model.codec.decode = lambda z: (lap(f"U-Net, {model.steps + 1} calls"), decode(z))[1]
 sample.generate(model, ["dog barking"]); lap("phases (Griffin-Lim)")
 """
     print("parts:", flush=True)
@@ -98,13 +98,12 @@ def batch() -> None:
 def ranks() -> None:
     for n in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            command(
+            *_, memory = command(
                 *f"-m torch.distributed.run --nproc_per_node {n} train.py --out {folder}/run "
-                f"--steps 40 --batch-size {8 // n} --sample-every 0 --val-clips 8".split()
+                f"--steps 40 --batch-size {8 // n} --val-clips 8".split()
             )
             lines = Path(folder, "run", "log.jsonl").read_text().splitlines()
         rate = statistics.median(json.loads(line)["samples_per_second"] for line in lines[5:-1])
-        memory = json.loads(lines[-1])["memory_gib"]
         print(f"ranks {n}: {rate:.1f} clips a second at a global batch of 8, {memory:.2f} GiB each")
 
 

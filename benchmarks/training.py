@@ -15,7 +15,7 @@ At full width (861,022,528 parameters with gradients, AdamW's two moments and EM
 """
 
 import argparse
-import contextlib
+import copy
 import os
 import statistics
 import sys
@@ -25,7 +25,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -37,42 +36,56 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import train
 from benchmarks.data import RandomCodes
 from benchmarks.sampling import betas_of
-from latents import CLIP_SAMPLES, EncodecCodec, MelCodec, encode_dataset
+from latents import CLIP_SAMPLES, EncodecCodec, MelCodec, encode_dataset, keep_freed_memory
 from unet import to_diffusers_config
 
 
-class Example(train.Run):
+class Ours:
+    """train.py's step, as its loop calls it."""
+
+    def __init__(self, c: train.Config):
+        self.task = train.Denoiser(c, torch.device("cpu"))
+        network = self.task.network
+        self.ema = copy.deepcopy(network).requires_grad_(False)
+        betas, decay = (0.9, c.beta2), c.weight_decay
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), c.lr, betas, weight_decay=decay, fused=True
+        )
+
+    def step(self, batch: tuple) -> dict:
+        return train.train_step(self.task, self.task.network, self.ema, self.optimizer, [batch])
+
+
+class Example:
     """diffusers' training example, on the batches of our loop."""
 
     def __init__(self, c: train.Config):
-        super().__init__(c)
-        self.unet.to(memory_format=torch.contiguous_format)
+        self.task = task = train.Denoiser(c, torch.device("cpu"))
+        with torch.device("meta"):
+            config = to_diffusers_config(task.network.config)
+            self.unet = UNet2DConditionModel.from_config(config)
+        self.unet.load_state_dict(task.network.state_dict(), assign=True)
+        task.network = None
+        if c.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), c.lr, (0.9, c.beta2), weight_decay=c.weight_decay
         )
         self.ema = EMAModel(self.unet.parameters(), decay=c.ema_decay)
-        self.scheduler = DDPMScheduler(trained_betas=betas_of(self.alphas_cumprod))
+        self.scheduler = DDPMScheduler(trained_betas=betas_of(task.alphas_cumprod))
 
-    def make_unet(self) -> UNet2DConditionModel:
-        ours = super().make_unet()
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(to_diffusers_config(ours.config))
-        unet.load_state_dict(ours.state_dict(), assign=True)
-        if self.c.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        return unet
-
-    def train_step(self, batches: list) -> dict:
-        ((_, captions, stored, t, noise),) = batches
-        latents = self.stats.normalize(self.codec.dequantize(stored))
+    def step(self, batch: tuple) -> dict:
+        captions, stored, t, noise = batch
+        task = self.task
+        latents = task.stats.normalize(task.codec.dequantize(stored))
         latents = latents.unflatten(2, (24, 21))
         noisy = self.scheduler.add_noise(latents, noise, t)
-        states, _ = self.encoder(captions)
+        states, _ = task.encoder(captions)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = self.unet(noisy, t, states, return_dict=False)[0]
         loss = F.mse_loss(predicted.float(), noise)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.c.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), task.c.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.unet.parameters())
@@ -109,7 +122,7 @@ def prepare(folder: Path, preset: str, clips: int) -> train.Config:
         mask="none",
         prediction="eps",
         schedule_shift=1.0,
-        balanced=False,
+        precision="bf16",
         val_clips=1,
         gradient_checkpointing=False,
     )
@@ -121,14 +134,15 @@ def peak_memory() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def measure(kind: type[train.Run], keep: bool, c: train.Config, steps: int) -> dict:
-    with contextlib.nullcontext() if keep else mock.patch("train.keep_freed_memory"):
-        run = kind(c)
-    times, entries = [], []
+def measure(kind: type, keep: bool, c: train.Config, steps: int) -> dict:
+    if keep:
+        keep_freed_memory()
+    run, times, entries = kind(c), [], []
     for step in range(steps + 1):
-        batches = [run.batch(step, 0)]  # in a thread beside the step, in a real run
-        started = time.perf_counter()
-        entries.append(run.train_step(batches))
+        places = range(c.batch_size)
+        batch = run.task.batch(step, places, run.task.choose(step, c.batch_size))  # in a thread,
+        started = time.perf_counter()  # beside the step, in a real run
+        entries.append(run.step(batch))
         times.append(time.perf_counter() - started)
     first = {key: entries[0][key] for key in ("loss", "gradient_norm")}
     return {"seconds": statistics.median(times[1:]), "GiB": peak_memory(), **first}
@@ -157,7 +171,7 @@ def main() -> None:
     kinds = {
         "diffusers": (Example, False),
         "diffusers, freed memory kept": (Example, True),
-        "here": (train.Run, True),
+        "here": (Ours, True),
     }
     print(f"memory: {copied_bytes() / 1e9:.0f} GB/s read and written in a copy")
     results = {name: [] for name in kinds}

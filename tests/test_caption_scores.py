@@ -22,20 +22,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 from scipy.stats import pearsonr
 
 from appendix import caption_scores
-from appendix.caption_scores import bleu, cider_d, entailment, judge, meteor, rouge_l, tokenize
+from appendix.caption_scores import bleu, cider_d, entailment, meteor, rouge_l, tokenize
 
-# Equal, inflected, repeated, reordered, short, longer than the reference and as long, disjoint
-HAND_MADE = [
-    ("a dog barks", ["a dog barks"]),
-    ("a dog is barking", ["the dogs barked loudly", "dogs bark"]),
-    ("rain rain rain rain", ["rain falls on a roof", "the rain"]),
-    ("on a roof rain falls", ["rain falls on a roof"]),
-    ("thunder", ["thunder and rain", "a storm with thunder"]),
-    ("a man speaks while a crowd cheers and a siren wails far away", ["a man speaks"]),
-    ("a cat meows", ["one two three", "a b c d"]),
-    ("birds sing", ["engines idle", "a car drives by"]),
-    ("the bird sings and the birds sing", ["birds are singing and the bird is singing"]),
-]
 VOCABULARY = """a a a the and dog dogs bark barks barking man men speak speaks speaking spoken rain
 rains raining falls falling happily happy water waters loudly loud engine engines idle idling"""
 
@@ -48,7 +36,7 @@ def pairs():
     def sentence():
         return rng.choices(vocabulary, k=rng.randint(1, 14))
 
-    found = [(c.split(), [r.split() for r in refs]) for c, refs in HAND_MADE]
+    found = [("the bird sings and the birds sing".split(), ["birds sing and the bird".split()])]
     while len(found) < 200:
         refs = [sentence() for _ in range(rng.randint(1, 3))]
         candidate = sentence()
@@ -74,33 +62,22 @@ class NoWordNet:
 # ---- metrics -------------------------------------------------------------------------------------
 
 
-def test_bleu_is_cocos(pairs):
-    candidates, references = zip(*pairs)
+def test_bleu_rouge_and_cider_are_cocos(pairs):
     expected = coco(Bleu(4), pairs)[0]
-    for n in (1, 2, 3, 4):
-        assert bleu(candidates, references, n) == pytest.approx(expected[n - 1], rel=1e-9)
+    assert [bleu(*zip(*pairs), n) for n in (1, 2, 3, 4)] == pytest.approx(expected, rel=1e-9)
     assert 0.05 < expected[3] < expected[0] < 0.95
     short = [(c[:2] or c, refs) for c, refs in pairs]  # the brevity penalty
     assert bleu(*zip(*short), 1) == pytest.approx(coco(Bleu(4), short)[0][0], rel=1e-9)
     assert bleu(*zip(*short), 4) == 0  # no 4-grams, and no smoothing
-
-
-def test_rouge_is_cocos(pairs):
-    expected = coco(Rouge(), pairs)[1]
-    assert [rouge_l(*pair) for pair in pairs] == pytest.approx(expected.tolist(), rel=1e-9)
-    assert len(set(expected.tolist())) > 50
-
-
-def test_cider_is_cocos(pairs):
-    for some in (pairs, pairs[:9], pairs[100:103]):
+    expected = coco(Rouge(), pairs)[1].tolist()
+    assert [rouge_l(*pair) for pair in pairs] == pytest.approx(expected, rel=1e-9)
+    for some in (pairs, pairs[:9]):
         assert cider_d(*zip(*some)) == pytest.approx(coco(Cider(), some)[0], rel=1e-9)
-    assert coco(Cider(), pairs)[0] > 0.5
 
 
 def test_meteor_is_nltks(pairs):
     expected = [meteor_score(refs, c, wordnet=NoWordNet()) for c, refs in pairs]
     assert [meteor(*pair) for pair in pairs] == pytest.approx(expected, rel=1e-9)
-    assert len(set(expected)) > 50
     # Porter's stems count: without them other scores would come out.
     assert meteor(["barking"], [["barks"]]) > 0 == meteor(["sings"], [["sang"]])
 
@@ -112,9 +89,6 @@ def test_known_answers():
     # Papineni et al.'s example: "the" counts as often as a reference has it.
     refs = ["the cat is on the mat".split(), "there is a cat on the mat".split()]
     assert bleu([["the"] * 7], [refs], 1) == pytest.approx(2 / 7)
-    assert rouge_l(["a", "x", "b"], [["a", "b"]]) == pytest.approx(
-        2.44 * (2 / 3) * 1 / (1 + 1.44 * 2 / 3)
-    )
     assert cider_d([words, ["x"]], [[words], [["y"]]]) == pytest.approx(5)  # 10 and 0
     assert cider_d([words], [[words]]) == 0  # a single clip: every n-gram is in all of them
     # Words of no clip, and what has no words
@@ -124,10 +98,8 @@ def test_known_answers():
 
 
 def test_tokenizer():
-    assert tokenize("A dog’s bark, and RAIN: don't—stop (10.5 s)!") == (
-        "a dog's bark and rain don't stop 10 5 s".split()
-    )
-    assert tokenize(" …!? ") == []
+    words = "a dog's bark and rain don't stop 10 5 s"
+    assert tokenize("A dog’s bark, and RAIN: don't—stop (10.5 s)! …") == words.split()
 
 
 # ---- judging -------------------------------------------------------------------------------------
@@ -179,7 +151,6 @@ def test_judge_command(folder, capsys):
     words = [["a", "dog", "barks"], ["rain", "falls", "the", "rain", "falls"]]
     words += [["a", "b", "man", "b", "speaks"], []]
     refs = [[tokenize(r) for i, r in REFERENCES if i == f"clip-{k}"] for k in range(4)]
-    assert [len(r) for r in refs] == [2, 1, 1, 1]
     assert row["BLEU-1"] == bleu(words, refs, 1) > 0
     assert row["METEOR"] == pytest.approx(np.mean([*map(meteor, words, refs)]))
     assert row["ROUGE-L"] == pytest.approx(np.mean([*map(rouge_l, words, refs)]))
@@ -190,9 +161,8 @@ def test_judge_command(folder, capsys):
     assert row["vocabulary"] == len(set(sum(words, []))) == 9
     assert row["top 20 words"]["rain"] == 2 and "the" not in row["top 20 words"]
     assert row["lengths"] == {"0": 1, "1": 0, "2": 0, "3": 1, "4": 0, "5": 2}
-    first = [r[0] for r in refs]
-    assert result["sets"]["references (first)"]["vocabulary"] == len(set(sum(first, [])))
-
+    first = {word for r in refs for word in r[0]}
+    assert result["sets"]["references (first)"]["vocabulary"] == len(first)
     notes = "\n".join(result["notes"])
     assert "audio_caption: 1 of 5 have no reference: left out (clip-4, …)" in notes
     assert "audio_caption: 1 of 5 have a caption without a word: it scores 0 (clip-3, …)" in notes
@@ -203,13 +173,6 @@ def test_judge_command(folder, capsys):
     tags = Tags(text)
     assert not tags.open and sum(tag == "svg" for tag, _ in tags.found) == 3 + 3 * 2
     assert not re.search(r"(https?:)?//|<script|src=", text) and "METEOR" in text
-
-
-def test_words_of_the_top_are_in_proportion():
-    svg = caption_scores.bars("words", {"rain": 4, "dog": 3})
-    widths = [float(w) for w in re.findall(r'width="([\d.]+)"', svg)]
-    assert widths[0] == 330  # of the 520 that the picture is wide, less 110 before it
-    assert widths[1] / widths[0] == pytest.approx(3 / 4, rel=1e-3)
 
 
 def test_entailment_scores():
@@ -223,28 +186,19 @@ def test_entailment_scores():
     assert found["llm"]["r with same"] is None and found["llm"]["r with llm"] == pytest.approx(1)
     assert (found["llm"]["scored"], found["t5"]["scored"], found["t5"]["max"]) == (50, 51, 1)
     assert (found["llm"]["min"], found["llm"]["median"]) == (x.min(), pytest.approx(np.median(x)))
-    assert entailment([{}, {"entailment": {}}]) == {}
+    values = [k / 20 for k in range(-4, 21)]  # a bin's first value is in it
+    assert caption_scores.histogram(values, 0.05) == {f"{value:g}": 1 for value in values}
 
 
-def test_histogram_puts_a_bins_first_value_into_it():
-    values = [k / 20 for k in range(-4, 21)]
-    found = caption_scores.histogram(values, 0.05)
-    assert found == {f"{value:g}": 1 for value in values}
-
-
-def test_several_files_are_several_systems(folder, capsys):
+def test_several_files_are_several_systems(folder):
     lines = (folder / "run.jsonl").read_text().splitlines()[:2]
     (folder / "few.jsonl").write_text("\n".join(lines))
-    (folder / "other.csv").write_text("id,caption\nclip-1,rain falls on the roof\n")
     files = [folder / "few.jsonl", folder / "run.jsonl"]
-    out = ("--out", folder / "s.html")
-    run("judge", *files, folder / "references.csv", "--field", "audio_caption", *out)
+    options = ("--field", "audio_caption", "--out", folder / "s.html")
+    run("judge", *files, folder / "references.csv", *options)
     sets = json.loads((folder / "s.json").read_text())["sets"]
     assert [row["clips"] for row in sets.values()] == [2, 4, 4]
     assert list(sets)[0] == f"{folder / 'few.jsonl'}:audio_caption"
-    run("judge", folder / "other.csv", folder / "references.csv", *out)
-    sets = json.loads((folder / "s.json").read_text())["sets"]
-    assert sets["captions"]["BLEU-4"] == 1
 
 
 # ---- rating --------------------------------------------------------------------------------------
@@ -253,13 +207,8 @@ def test_several_files_are_several_systems(folder, capsys):
 @pytest.fixture
 def rated(folder):
     """A page of two systems, and its key."""
-    (folder / "run.jsonl").write_text(
-        "".join(
-            json.dumps({"id": f"clip-{i}", "labels": ["x"], "zero": f"zero {i}", "few": f"<i>{i}"})
-            + "\n"
-            for i in range(6)
-        )
-    )
+    rows = [{"id": f"clip-{i}", "zero": f"zero {i}", "few": f"<i>{i}"} for i in range(6)]
+    (folder / "run.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = ("--field", "zero", "--field", "few", "--references", folder / "references.csv")
     options = ("--audio", folder / "sounds", *keys, "--out", folder / "page.html")
     run("rate", folder / "run.jsonl", *options)
@@ -274,7 +223,6 @@ def test_rating_page(rated, capsys):
     sliders = [a for tag, a in tags.found if tag == "input" and a.get("type") == "range"]
     assert [s["id"] for s in sliders] == list(key) and len(key) == 4 * 2
     assert all((s["min"], s["max"], s["step"]) == ("0", "1", "0.05") for s in sliders)
-    assert "name=" in text and "width=device-width" in text
     sources = [a["src"] for _, a in tags.found if "src" in a]
     assert len(sources) == 4 and all(s.startswith("data:audio/mpeg;base64,") for s in sources)
     # The sound under a heading is that of the clip whose captions are there.
@@ -293,13 +241,9 @@ def test_rating_page(rated, capsys):
     assert not re.search(r"(https?:)?//", bare)
     run("rate", folder / "run.jsonl", *options)
     assert (folder / "page.html").read_text() == text  # seeded
-    orders = set()
-    for seed in range(9):
-        run("rate", folder / "run.jsonl", *options, "--seed", seed, "--clips", 3)
-        found = json.loads((folder / "page.key.json").read_text())
-        assert len(found) == 6 and not set(found) & set(key)
-        orders |= {tuple(i for i, _ in found.values()), tuple(s for _, s in found.values())}
-    assert len(orders) > 9
+    run("rate", folder / "run.jsonl", *options, "--seed", 1, "--clips", 3)
+    found = json.loads((folder / "page.key.json").read_text())
+    assert len(found) == 6 and not set(found) & set(key)
 
 
 PAGE_IN_NODE = """
@@ -337,28 +281,29 @@ def test_what_the_page_saves_is_what_average_reads(rated, capsys):
     rows = list(csv.reader(io.StringIO(text)))
     assert rows[0] == ["rater", "row", "score"]
     assert rows[1:] == [['Ann "A.", Ø', row, x] for row, x in zip(key, ["", "1"] + ["0.35"] * 6)]
-    again, _ = save("", stored)  # the closed page goes on, and can be saved at once
-    assert text in again
-
+    assert text in save("", stored)[0]  # the closed page goes on, and can be saved at once
     (folder / "ann.csv").write_text(text)
     run("average", folder / "ann.csv", "--key", folder / "page.key.json")
     printed = capsys.readouterr().out
     first, second = list(key.values())[:2]
     assert f'ann.csv, line 2: {first[0]} of {first[1]}, by Ann "A.", Ø' in printed
     assert "1 rows unanswered" in printed and "0 rows invalid" in printed
-    by_system = {first[1]: (0.35, 3), second[1]: ((1 + 3 * 0.35) / 4, 4)}
-    for system, (mean, clips) in by_system.items():
-        assert re.search(rf"{system} +{mean:.3f} +– +1 +{clips} +{clips}\n", printed)
 
 
-def test_average(rated, capsys):
+def test_average(rated):
     folder, key, _ = rated
     zero, few = ([row for row in key if key[row][1] == system] for system in ("zero", "few"))
     a = [("ann", row, 0.2) for row in zero] + [("ann", row, 0.9) for row in few]
     b = [("bob", zero[0], 0.4), ("bob", zero[1], 0.8), ("bob", zero[2], ""), ("bob", few[0], 1)]
-    wrong = [("bob", few[1], "1,0"), ("bob", few[2], "nan"), ("bob", few[3], 1.05)]
-    wrong += [("bob", zero[3]), ("bob", "other-1", 0.5), ("", zero[3], 0.5), ("bob", zero[0], 0)]
-    for name, rows in (("a.csv", a), ("b.csv", b + wrong)):
+    wrong = {
+        ("bob", few[1], "1,0"): "could not convert string to float: '1,0'",
+        ("bob", few[3], 1.05): "score 1.05 is not in 0 … 1",
+        ("bob", zero[3]): "2 columns instead of 3",
+        ("bob", "other-1", 0.5): "row 'other-1' is not in the key",
+        ("", zero[3], 0.5): "no rater",
+        ("bob", zero[0], 0): "bob rates .* for the second time",
+    }
+    for name, rows in (("a.csv", a), ("b.csv", b + [*wrong])):
         with open(folder / name, "w", newline="") as file:
             csv.writer(file).writerows([("rater", "row", "score"), *rows])
     table, unanswered, invalid = caption_scores.average([folder / "a.csv", folder / "b.csv"], key)
@@ -369,91 +314,28 @@ def test_average(rated, capsys):
     assert (row["raters"], row["clips"], row["ratings"]) == (2, 4, 6)
     assert table["few"]["similarity"] == pytest.approx(0.95) and table["few"]["ratings"] == 5
     assert unanswered == [f"{folder / 'b.csv'}, line 4: {key[zero[2]][0]} of zero, by bob"]
-    expected = {
-        6: "could not convert string to float: '1,0'",
-        7: "score nan is not in 0 … 1",
-        8: "score 1.05 is not in 0 … 1",
-        9: "2 columns instead of 3",
-        10: "row 'other-1' is not in the key",
-        11: "no rater",
-        12: "bob rates .* for the second time",
-    }
-    assert len(invalid) == len(expected)
-    for (line, reason), problem in zip(expected.items(), invalid):
-        assert re.match(rf".*b\.csv, line {line}: ({reason})", problem)
-    run("average", folder / "a.csv", folder / "b.csv", "--key", folder / "page.key.json")
-    printed = capsys.readouterr().out
-    assert "1 rows unanswered" in printed and "7 rows invalid" in printed
-    nobody, *_ = caption_scores.average([], key)
-    assert nobody["zero"] == {
-        "similarity": None,
-        "std": None,
-        "raters": 0,
-        "clips": 0,
-        "ratings": 0,
-    }
+    for line, reason, problem in zip(range(6, 12), wrong.values(), invalid, strict=True):
+        assert re.match(rf".*b\.csv, line {line}: {reason}", problem)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-def test_bad_input_is_one_line(rated):
-    folder, _, options = rated
+def test_mistakes_are_one_line(folder):
     captions, references = folder / "run.jsonl", folder / "references.csv"
-
-    def write(name, text):
-        (folder / name).write_text(text)
-        return folder / name
-
-    def line(*arguments):
+    (folder / "other.csv").write_text("id,caption\nx,a dog\n")
+    (folder / "empty.csv").write_text("id,caption\nclip-0,a\nclip-1, ...\n")
+    key, field = folder / "page.key.json", ("--field", "audio_caption")
+    for arguments, message in (
+        (("judge", captions, references), "'captions'"),
+        (("judge", captions, folder / "empty.csv", *field), "clip-1 has a reference without"),
+        (("judge", captions, folder / "other.csv", *field), "same id"),
+        (("judge", captions, references, "--out", folder / "s.json"), 2),  # page and JSON: one file
+        (("rate", captions, *field, "--audio", folder / "nowhere"), "no such folder"),
+        (("average", folder / "nowhere.csv", "--key", key), "nowhere"),
+    ):
+        key.write_text("{}")
         with pytest.raises(SystemExit) as e:
             run(*arguments)
-        assert str(e.value.code).startswith("error: ") and "\n" not in str(e.value.code)
-        return str(e.value.code)
-
-    assert "nowhere" in line("judge", folder / "nowhere.jsonl", references)
-    assert "nowhere" in line("judge", captions, folder / "nowhere.csv", "--field", "few")
-    assert "'captions'" in line("judge", captions, references)
-    assert "'x'" in line("judge", captions, references, "--field", "x")
-    assert "no.jsonl: no records" in line("judge", write("no.jsonl", ""), references)
-    for text in ('{"id": "a", "captions": ["b"]}\n{"id"', "[]", '{"captions": "a"}', "1"):
-        found = line("judge", write("broken.jsonl", text), references)
-        assert "broken.jsonl, record " + ("2" if "id" in text else "1") in found
-    for text in ("id,caption\na,b\na,b,c\n", "id,caption\na,b\na\n", 'id,caption\na,b\na,"b'):
-        assert "broken.csv, record 2" in line(
-            "judge", captions, write("broken.csv", text), "--field", "few"
-        )
-    twice = write("twice.jsonl", '{"id": 1, "captions": "a"}\n' * 2)
-    assert "id 1 is there 2 times" in line("judge", twice, references)
-    number = write("number.jsonl", '{"id": "clip-0", "captions": [1]}')
-    assert "clip-0: captions is [1]" in line("judge", number, references)
-    for score in ("NaN", '"0.9"', "[]", "5"):
-        text = f'{{"id": "clip-0", "captions": "a", "entailment": {{"llm": {score}}}}}'
-        found = line("judge", write("score.jsonl", text), references, "--out", folder / "s.html")
-        assert "clip-0: entailment is {'llm'" in found and not (folder / "s.html").exists()
-    empty = write("empty.csv", "id,caption\nclip-0,a\nclip-1, ...\n")
-    assert "clip-1 has a reference without a word" in line(
-        "judge", captions, empty, "--field", "few"
-    )
-    other = write("other.csv", "id,caption\nx,a dog\n")
-    assert "same id" in line("judge", captions, other, "--field", "few")
-
-    nowhere = ("--field", "few", "--audio", folder / "nowhere")
-    assert "no such folder" in line("rate", captions, *nowhere)
-    for path in (folder / "sounds").iterdir():
-        path.rename(path.with_stem(f"x{path.stem}"))
-    assert "no clip" in line("rate", captions, *options)
-    with pytest.raises(SystemExit) as e:
-        run("judge", captions, references, "--out", folder / "s.json")
-    assert e.value.code == 2  # page and JSON would be one file
-    key = folder / "page.key.json"
-    assert "nowhere" in line("average", folder / "nowhere.csv", "--key", key)
-    assert "no.csv: expected the columns" in line("average", write("no.csv", "a,b\n"), "--key", key)
-    assert "not a key" in line("average", references, "--key", write("key.json", '{"a": 1}'))
-    (folder / "latin.csv").write_bytes(b"rater,row,score\n\xe9,1,1\n")
-    assert "latin.csv: not a CSV" in line("average", folder / "latin.csv", "--key", key)
-
-
-def test_judge_needs_no_reference_for_all():
-    sets, notes = judge({"a": {"1": "rain", "2": "dog"}}, {"2": ["a dog"]})
-    assert sets["a"]["clips"] == 1 and "1 of 2 have no reference" in notes[0]
+        text = e.value.code
+        assert text == message or text.startswith("error: ") and message in text

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from latents import LatentDataset
 from tiny import compose, wording
 from tiny.wording import read_wording
 
@@ -30,18 +31,16 @@ def scenes(train):
     return compose.draw_scenes(train, "train", 2000, seed=0)
 
 
-def rows():
-    with open(TABLE, newline="", encoding="utf-8") as file:
+def rows(name="recordings"):
+    with open(REPO / "tiny" / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def test_scene_depends_on_seed_split_and_index_only(train, scenes):
     few = compose.draw_scenes(train, "train", 30, seed=0)
     assert few == scenes[:30]
-    assert few != [
-        {**x, "id": y["id"], "file": y["file"]}
-        for x, y in zip(compose.draw_scenes(train, "train", 30, seed=1), few, strict=True)
-    ]
+    other = compose.draw_scenes(train, "train", 30, seed=1)
+    assert [x["layers"] for x in other] != [x["layers"] for x in few]
     # A record that went through JSON, as on disk, gives the same sound, bit for bit.
     again = json.loads(json.dumps(few[7]))
     assert torch.equal(compose.compose_scene(few[7], train), compose.compose_scene(again, train))
@@ -74,21 +73,20 @@ def test_draws_are_balanced_over_classes(train, scenes):
 def test_draws_are_balanced_over_sources(train):
     """Within a class a source counts as much as any other, however many recordings it has."""
     label = max(train.names, key=lambda x: len(train.classes[x]))
-    source_of = {
-        take["file"]: name for name, takes in train.classes[label].items() for take in takes
-    }
+    sources = train.classes[label]
+    source_of = {take["file"]: name for name, takes in sources.items() for take in takes}
     rng = np.random.default_rng(0)
     layers = [compose.draw_layer(rng, train, label, 0.0, 10.0) for _ in range(1000)]
     counts = Counter(source_of[layer["events"][0]["file"]] for layer in layers)
-    share = 1000 / len(train.classes[label])
-    assert len(counts) == len(train.classes[label])
+    share = 1000 / len(sources)
+    assert len(counts) == len(sources)
     assert all(abs(n - share) < 5 * share**0.5 for n in counts.values())
 
 
 def test_labels_are_those_of_the_events(scenes):
     label_of = {row["file"]: row["labels"].split(";")[0] for row in rows()}
     group_of = {row["file"]: row["source_group"] for row in rows()}
-    for scene in scenes:
+    for scene in scenes[:500]:
         for layer in scene["layers"]:
             assert {label_of[event["file"]] for event in layer["events"]} == {layer["label"]}
             assert len({group_of[event["file"]] for event in layer["events"]}) == 1
@@ -100,18 +98,16 @@ def test_splits_share_no_recording(scenes):
     split_of = {row["file"]: row["split"] for row in rows()}
     test = compose.draw_scenes(compose.Recordings(TABLE, "test"), "test", 100, seed=0)
     for split, drawn in (("train", scenes), ("test", test)):
-        files = {e["file"] for scene in drawn for layer in scene["layers"] for e in layer["events"]}
-        assert {split_of[file] for file in files} == {split}
+        layers = [layer for scene in drawn for layer in scene["layers"]]
+        assert {split_of[e["file"]] for layer in layers for e in layer["events"]} == {split}
 
 
 def test_captions_name_every_label(train, scenes):
     """A caption that no language model wrote has one of its class's phrases for each label."""
-    written = {
-        caption
-        for words in train.wording.values()
-        for captions in words["written"].values()
-        for caption in captions
-    }
+    written = [
+        captions for words in train.wording.values() for captions in words["written"].values()
+    ]
+    written = {caption for captions in written for caption in captions}
     for scene in scenes:
         assert len(scene["captions"]) == len(set(scene["captions"])) == wording.CAPTIONS
         for caption in set(scene["captions"]) - written:
@@ -124,8 +120,7 @@ def test_captions_name_every_label(train, scenes):
 
 
 def test_language_model_captions_are_of_known_labels_and_reach_scenes(train, scenes):
-    with open(REPO / "tiny" / "llm_captions.csv", newline="", encoding="utf-8") as file:
-        table = {row["caption"]: sorted(row["labels"].split(";")) for row in csv.DictReader(file)}
+    table = {row["caption"]: sorted(row["labels"].split(";")) for row in rows("llm_captions")}
     assert all(set(labels) <= set(train.names) for labels in table.values())
     found = [(x, scene["labels"]) for scene in scenes for x in scene["captions"] if x in table]
     assert len(found) > 100 and all(table[caption] == labels for caption, labels in found)
@@ -135,10 +130,8 @@ def test_unseen_prompts_are_in_words_of_their_own():
     """At least three a class, none of them said in training, by people or by the language model."""
     classes = read_wording()
     said = {x.lower() for w in classes.values() for x in (w["plain"], w["full"], *w["also"])}
-    with open(REPO / "tiny" / "llm_captions.csv", newline="", encoding="utf-8") as file:
-        said |= {row["caption"].lower() for row in csv.DictReader(file)}
-    with open(REPO / "tiny" / "unseen_prompts.csv", newline="", encoding="utf-8") as file:
-        prompts = list(csv.DictReader(file))
+    said |= {row["caption"].lower() for row in rows("llm_captions")}
+    prompts = rows("unseen_prompts")
     counts = Counter(row["label"] for row in prompts)
     assert set(counts) == set(classes) and min(counts.values()) >= 3
     assert len(prompts) == len({row["prompt"] for row in prompts})
@@ -157,18 +150,14 @@ def test_every_class_has_words():
 
 def test_reference_captions_are_of_the_first_scene_of_each_label_set():
     """36 sets of one label (all), 44 of two, 20 of three, in the order of the test scenes."""
-    drawn = compose.draw_scenes(
-        compose.Recordings(TABLE, "test"), "test", compose.CLIPS["test"], seed=0
-    )
+    drawn = compose.draw_scenes(compose.Recordings(TABLE, "test"), "test", 512, seed=0)
     left, chosen = {1: 36, 2: 44, 3: 20}, {}
     for scene in drawn:
         labels = tuple(scene["labels"])
         if labels not in chosen and left[len(labels)]:
             left[len(labels)] -= 1
             chosen[labels] = scene
-    path = REPO / "tiny" / "reference_captions.csv"
-    with open(path, newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
+    table = rows("reference_captions")
     assert len(table) == len({row["caption"] for row in table}) == 100
     for row, scene in zip(table, chosen.values(), strict=True):
         assert (row["id"], row["labels"].split(";")) == (scene["id"], scene["labels"])
@@ -179,14 +168,14 @@ def test_reference_captions_are_of_the_first_scene_of_each_label_set():
 
 def test_waves_are_finite_audible_and_long_enough(train, scenes):
     sounding = []
-    for scene in scenes[:25]:
+    for scene in scenes[:10]:
         wave = compose.compose_scene(scene, train)
         assert wave.shape == (161_280,) and wave.dtype == torch.float32
         assert wave.isfinite().all() and wave.abs().max() <= 1
         rms = compose.frame_rms(wave)
         assert rms.max() > 0.005
         sounding.append((rms > rms.max() / 30).float().mean())
-    assert min(sounding) > 0.03 and sum(sounding) / 25 > 0.5  # mostly sound, not silence
+    assert min(sounding) > 0.03 and sum(sounding) / 10 > 0.5  # mostly sound, not silence
 
 
 def test_pitch_goes_up_with_p_over_q():
@@ -212,22 +201,24 @@ def test_texture_has_no_holes():
     assert 0.6 < rms.min() and rms.max() < 1.6
 
 
-def run(*args):
-    return subprocess.run([sys.executable, *args], cwd=REPO, capture_output=True, text=True)
-
-
 def test_command_line(tmp_path):
     """Two builds with different workers are the same bytes, and a data set like any other."""
     for name, workers in (("a", "0"), ("b", "2")):
-        out = str(tmp_path / name)
-        done = run("-m", "tiny.compose", "--out", out, "--clips", "8", "--workers", workers)
-        assert done.returncode == 0, done.stderr
-    files = sorted(x.name for x in (tmp_path / "a").iterdir())
-    assert files == sorted(x.name for x in (tmp_path / "b").iterdir())
-    for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    check = run("latents.py", "check", str(tmp_path / "a"))
-    assert check.returncode == 0, check.stdout + check.stderr
+        command = [
+            "-m",
+            "tiny.compose",
+            "--out",
+            tmp_path / name,
+            "--clips",
+            8,
+            "--workers",
+            workers,
+        ]
+        subprocess.run([sys.executable, *map(str, command)], cwd=REPO, check=True)
+    a, b = ({x.name: x.read_bytes() for x in (tmp_path / name).iterdir()} for name in "ab")
+    assert a == b
+    data = LatentDataset(tmp_path / "a")
+    assert [data.record(i)["id"] for i in range(8)] == [f"train-0-{i:06d}" for i in range(8)]
 
 
 @pytest.mark.parametrize(

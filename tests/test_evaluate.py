@@ -1,9 +1,11 @@
 """evaluate.py: distances against scipy and known answers, Cnn14 against PANNs' definition written
 out layer by layer, and the command on small folders of sounds with a small random classifier."""
 
+import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,35 +17,13 @@ import scipy.special
 import soundfile
 import torch
 import torch.nn.functional as F
-import torchaudio
-from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizerFast
 
 import evaluate
-from evaluate import (
-    Cnn14,
-    bootstrap,
-    embed,
-    extrapolated_frechet_distance,
-    frechet_distance,
-    inception_score,
-    kl_divergence,
-    load_sound,
-    log_mel,
-    mel_matrix,
-    pair_divergences,
-    shuffled,
-)
+from evaluate import Cnn14, frechet_distance, inception_score, kl_divergence, load_sound
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (4, 6, 8, 8, 12, 16)  # widths of the blocks
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_here():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_sounds")
 
 
 def rng_normal(*shape, seed=0):
@@ -54,15 +34,8 @@ def rng_normal(*shape, seed=0):
 
 
 def scipy_fd(x, y):
-    x, y = x.double().numpy(), y.double().numpy()
-    s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = scipy.linalg.sqrtm(s1 @ s2).real
-    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
-
-
-def eigh_fd(x, y):
-    """By eigenvalues, for covariances without an inverse, where sqrtm loses digits:
-    tr(Σ₁Σ₂)^½ = Σ √λ of Σ₁^½·Σ₂·Σ₁^½."""
+    """tr (Σ₁Σ₂)^½ by scipy's matrix root, and as Σ √λ of Σ₁^½·Σ₂·Σ₁^½, since the root loses digits
+    where a covariance has no inverse."""
     x, y = x.double().numpy(), y.double().numpy()
     s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     values, vectors = scipy.linalg.eigh(s1)
@@ -70,6 +43,8 @@ def eigh_fd(x, y):
     half = vectors * np.sqrt(values) @ vectors.T
     values = scipy.linalg.eigvalsh(half @ s2 @ half)
     root = np.sqrt(values[values > 1e-12 * values.max()]).sum()
+    if len(x) > x.shape[1] and len(y) > y.shape[1]:
+        assert root == pytest.approx(np.trace(scipy.linalg.sqrtm(s1 @ s2).real), rel=1e-6)
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
 
 
@@ -80,40 +55,19 @@ def test_fd_is_that_of_scipys_matrix_root(n, m, d):
     assert frechet_distance(x, y) == pytest.approx(scipy_fd(x, y), rel=1e-6)
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
     # fewer rows than dimensions: covariances without an inverse
-    few_x, few_y = x[: d // 2], y[: d // 2 + 1]
-    assert frechet_distance(few_x, few_y) == pytest.approx(eigh_fd(few_x, few_y), rel=1e-6)
-
-
-def whitened(n, d, seed=0):
-    """Rows whose mean is exactly 0 and whose unbiased covariance is exactly I."""
-    x = rng_normal(n, d, seed=seed)
-    x = x - x.mean(0)
-    return torch.linalg.qr(x)[0] * (n - 1) ** 0.5
+    x, y = x[: d // 2], y[: d // 2 + 1]
+    assert frechet_distance(x, y) == pytest.approx(scipy_fd(x, y), rel=1e-6)
 
 
 def test_fd_known_answers():
-    x, shift = whitened(100, 8), torch.arange(8.0).double()
-    assert frechet_distance(x, x + shift) == pytest.approx(shift.square().sum().item(), rel=1e-9)
-    assert frechet_distance(x, 3 * x) == pytest.approx((1 - 3) ** 2 * 8, rel=1e-9)
-    x = x @ rng_normal(8, 8, seed=3)  # Σ is no longer I: (1 − a)²·tr Σ, shifts add ‖m‖²
+    """(1 − a)²·tr Σ for the same rows a times as large; a shift by m adds ‖m‖²."""
+    x = rng_normal(100, 8) @ rng_normal(8, 8, seed=3)
+    x -= x.mean(0)
     trace = x.var(dim=0).sum().item()
     for a, m in ((0.5, 0.0), (3.0, 2.0), (0.0, -1.0)):
         expected = (1 - a) ** 2 * trace + 8 * m**2
         assert frechet_distance(x, a * x + m) == pytest.approx(expected, rel=1e-9)
-    assert abs(frechet_distance(x, x)) < 1e-9
     assert abs(frechet_distance(x.float(), x.float())) < 1e-9
-
-
-def test_fd_extrapolates_to_what_many_samples_would_give():
-    d, x, y = 24, rng_normal(250, 24), rng_normal(250, 24, seed=1)
-    small = frechet_distance(x, y)  # the distributions are the same: the true FD is 0
-    assert small > 0.5
-    assert abs(extrapolated_frechet_distance(x, y)) < small / 4
-    z = 1.5 * y + 0.5
-    truth = d * (0.5**2 + 0.5**2)
-    far = abs(frechet_distance(x, z) - truth)
-    assert abs(extrapolated_frechet_distance(x, z) - truth) < far / 2
-    assert extrapolated_frechet_distance(x, z) == extrapolated_frechet_distance(x, z)
 
 
 def literal_is(logits, splits=10):
@@ -146,9 +100,6 @@ def test_kl_against_a_literal_transcription_and_known_answers():
     expected = np.mean((p * np.log(p / (q + 1e-6))).sum(axis=1))
     assert kl_divergence(a, b) == pytest.approx(expected, rel=1e-6)
     assert kl_divergence(a, b) != pytest.approx(kl_divergence(b, a), rel=1e-3)
-    p, q = (scipy.special.expit(x.numpy()) for x in (a, b))
-    expected = np.mean((p * np.log(p / (q + 1e-6))).sum(axis=1))
-    assert kl_divergence(a, b, "sigmoid") == pytest.approx(expected, rel=1e-6)
     assert abs(kl_divergence(a, a)) <= 527e-6
     certain = torch.tensor([[0.0, 2000.0]])  # P = (0, 1) exactly: 0·log 0 = 0
     assert kl_divergence(certain, -certain) == pytest.approx(-math.log(1e-6), rel=1e-6)
@@ -156,35 +107,10 @@ def test_kl_against_a_literal_transcription_and_known_answers():
 
 def test_bootstrap_covers_the_mean():
     inside = 0
-    for seed in range(200):
-        values = rng_normal(60, seed=seed).exp()
-        low, high = bootstrap(values, 300, seed)
+    for seed in range(100):
+        low, high = evaluate.bootstrap(rng_normal(60, seed=seed).exp(), 300, seed)
         inside += low < math.exp(0.5) < high
-    assert 0.85 < inside / 200 <= 0.99
-    assert bootstrap(values) == bootstrap(values)
-
-
-def test_bad_features_are_refused():
-    x = rng_normal(20, 4)
-    bad = x.clone()
-    bad[3, 1] = math.nan
-    for call in (
-        lambda: frechet_distance(x, bad),
-        lambda: frechet_distance(x, x[:1]),
-        lambda: inception_score(x[:9]),
-        lambda: inception_score(bad),
-        lambda: kl_divergence(x, x[:10]),
-        lambda: kl_divergence(bad, x),
-    ):
-        with pytest.raises(ValueError, match="features|pairs"):
-            call()
-
-
-def test_shuffled_pairs_nobody_with_itself():
-    for n in (2, 3, 50):
-        one, other = shuffled(n)
-        assert sorted(one) == sorted(other) == list(range(n))
-        assert (one != other).all()
+    assert 80 < inside < 100
 
 
 # ---- Cnn14
@@ -264,18 +190,12 @@ def panns_layers(state, wave):
 def test_cnn14_is_panns_layer_by_layer(small):
     wave = 0.1 * rng_normal(2, 40_000).float()
     expected = panns_layers(panns_state(small), wave)
-    model, seen = small.double(), {}
-    hooks = [
-        getattr(model, f"conv_block{i}").register_forward_hook(
-            lambda _m, _i, out, name=f"conv_block{i}": seen.__setitem__(name, out)
-        )
-        for i in range(1, 7)
-    ]
-    seen["log_mel"] = log_mel(wave.double(), model.mel)
+    model, seen = copy.deepcopy(small).double(), {}
+    for i in range(1, 7):
+        block, name = getattr(model, f"conv_block{i}"), f"conv_block{i}"
+        block.register_forward_hook(lambda *args, name=name: seen.__setitem__(name, args[2]))
+    seen["log_mel"] = evaluate.log_mel(wave.double(), model.mel)
     seen["embedding"], seen["logits"] = model(wave.double())
-    for hook in hooks:
-        hook.remove()
-    model.float()
     for name, value in expected.items():
         # The window, the kernels and the mel matrix are rounded to float32.
         error = (seen[name] - value).norm() / value.norm()
@@ -283,52 +203,36 @@ def test_cnn14_is_panns_layer_by_layer(small):
 
 
 def test_full_width_is_panns_size():
-    model = Cnn14()
-    assert sum(p.numel() for p in model.parameters()) == 80_753_615
-    assert model.state_dict()["conv_block6.conv2.weight"].shape == (2048, 2048, 3, 3)
-    assert model.fc_audioset.weight.shape == (527, 2048)
+    assert sum(p.numel() for p in Cnn14().parameters()) == 80_753_615
 
 
 def test_mel_matrix_is_slaneys():
-    mel = mel_matrix().double().numpy()  # [257, 64]
+    """Linear below 1 kHz, logarithmic above; each triangle has an area of one."""
 
-    # Slaney's scale: linear below 1 kHz, logarithmic above; each triangle has an area of one.
     def to_mel(f):
-        return np.where(
-            f < 1000, 3 * f / 200, 15 + np.log(np.maximum(f, 1) / 1000) / (np.log(6.4) / 27)
-        )
+        octaves = np.log(np.maximum(f, 1) / 1000) / (np.log(6.4) / 27)
+        return np.where(f < 1000, 3 * f / 200, 15 + octaves)
 
-    grid = np.linspace(0, 8000, 800_001)
+    grid, hertz = np.linspace(0, 8000, 800_001), np.linspace(0, 8000, 257)[:, None]
     edges = np.interp(np.linspace(to_mel(50.0), to_mel(8000.0), 66), to_mel(grid), grid)
-    hertz = np.linspace(0, 8000, 257)[:, None]
     up = (hertz - edges[:-2]) / np.diff(edges)[:-1]
     down = (edges[2:] - hertz) / np.diff(edges)[1:]
     expected = np.maximum(0, np.minimum(up, down)) * 2 / (edges[2:] - edges[:-2])
-    np.testing.assert_allclose(mel, expected, atol=2e-6)
+    np.testing.assert_allclose(evaluate.mel_matrix().double().numpy(), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_loads_panns_file(small, tmp_path, legacy):
-    """Weights under "model", and beside them what a training run of NumPy's time left behind."""
+def test_loads_panns_file(small, tmp_path):
+    """Weights under "model", and beside them what a training run of NumPy 1's time left behind."""
     sampler = {"indexes": [np.arange(4), np.arange(2.0)], "queue": [], "pointer": np.int64(3)}
     state = {"iteration": 880000, "model": panns_state(small), "sampler": sampler}
     path = tmp_path / "Cnn14_16k_mAP=0.438.pth"
-    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
-    if legacy:  # as NumPy 1 wrote it
-        path.write_bytes(path.read_bytes().replace(b"numpy._core.", b"numpy.core."))
-        assert b"numpy.core.multiarray" in path.read_bytes()
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"numpy._core.", b"numpy.core."))
+    assert b"numpy.core.multiarray" in path.read_bytes()
     model = Cnn14.load(path)
     wave = rng_normal(1, 32_000).float()
     for ours, theirs in zip(model(wave), small(wave), strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_saves_and_loads_with_labels(small, tmp_path):
-    small.save(tmp_path / "c.safetensors", trained_on="nothing")
-    model = Cnn14.load(tmp_path / "c.safetensors")
-    assert model.labels == ["dog", "cat", "rain", "owl", "bell"] and model.widths == SMALL
-    wave = rng_normal(1, 32_000).float()
-    torch.testing.assert_close(model(wave), small(wave), rtol=0, atol=0)
 
 
 class Bomb:
@@ -338,29 +242,18 @@ class Bomb:
 
 def test_files_that_are_no_classifier(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state, other = panns_state(small), panns_state(small)
-    other["spectrogram_extractor.stft.conv_real.weight"] = torch.zeros(513, 1, 1024)  # 32 kHz
-    torch.save({"model": other}, "32k.pth")
+    state = panns_state(small)
+    at_32_khz = state | {"logmel_extractor.melW": torch.zeros(513, 64)}
+    torch.save({"model": at_32_khz}, "32k.pth")
     torch.save({"model": {k: v for k, v in state.items() if "fc1" not in k}}, "lacks.pth")
     torch.save({"model": state, "x": Bomb()}, "bomb.pth")
     torch.save(state, "bare.pth")
-    Path("text.pth").write_text("hello")
     Path("torn.pth").write_text("torn")  # "t" is an opcode of pickle's: an IndexError
     Path("text.safetensors").write_text("hello")
-    for name in (
-        "32k.pth",
-        "lacks.pth",
-        "bomb.pth",
-        "bare.pth",
-        "text.pth",
-        "torn.pth",
-        "text.safetensors",
-    ):
-        with pytest.raises(ValueError, match=name):
+    for name in "32k.pth lacks.pth bomb.pth bare.pth torn.pth text.safetensors nowhere.pth".split():
+        with pytest.raises(ValueError, match=f"^{name}: .*zenodo"):
             Cnn14.load(name)
     assert not Path("bombed").exists()
-    with pytest.raises(FileNotFoundError, match="zenodo"):
-        Cnn14.load("nowhere.pth")
 
 
 # ---- sounds and features
@@ -374,16 +267,13 @@ def write(path, wave, rate=16_000, subtype="FLOAT"):
 def test_loading_follows_the_protocol(tmp_path):
     stereo = rng_normal(70_000, 2).float().numpy() * 0.1 + 0.3
     write(tmp_path / "a.wav", stereo)
-    wave, rate = load_sound(tmp_path / "a.wav")
-    first = stereo[:, 0]
+    wave, first = load_sound(tmp_path / "a.wav"), stereo[:, 0]
     np.testing.assert_allclose(wave, first - first.mean(), atol=1e-6)  # not the mean of channels
-    assert rate == 16_000
     write(tmp_path / "short.wav", 0.5 * np.ones(100))
-    assert load_sound(tmp_path / "short.wav")[0].shape == (32_000,)
+    assert load_sound(tmp_path / "short.wav").shape == (32_000,)
     t = np.arange(48_000 * 3) / 48_000
     write(tmp_path / "48.wav", np.sin(2 * np.pi * 440 * t), 48_000)
-    wave, rate = load_sound(tmp_path / "48.wav")
-    assert rate == 48_000 and wave.shape == (48_000,)
+    wave = load_sound(tmp_path / "48.wav")
     expected = np.sin(2 * np.pi * 440 * np.arange(48_000) / 16_000)
     np.testing.assert_allclose(wave[200:-200], expected[200:-200], atol=2e-3)
 
@@ -391,54 +281,23 @@ def test_loading_follows_the_protocol(tmp_path):
 def test_features_are_cached_by_content(small, tmp_path):
     calls = []
 
-    def network(waves):
-        calls.append(len(waves))
-        return torch.cat(small(waves), 1)
+    def network(wave):
+        calls.append(1)
+        return torch.cat(small(wave), 1)
 
     waves = {name: 0.1 * rng_normal(32_000, seed=i).float() for i, name in enumerate("abc")}
-    sounds = {name: lambda wave=wave: (wave, 16_000) for name, wave in waves.items()}
-    first = embed(sounds, network, "x", cache=tmp_path)
+    sounds = {name: lambda wave=wave: wave for name, wave in waves.items()}
+    first = evaluate.embed(sounds, network, "x", cache=tmp_path)
     assert sum(calls) == 3 and first.names == ["a", "b", "c"]
     # Other names for the same sounds: nothing to compute. The same name for another: computed.
-    renamed = {"1": sounds["c"], "2": sounds["a"]}
-    second = embed(renamed, network, "x", cache=tmp_path)
+    second = evaluate.embed({"1": sounds["c"], "2": sounds["a"]}, network, "x", cache=tmp_path)
     assert sum(calls) == 3
     torch.testing.assert_close(second.values, first.values[[2, 0]], rtol=0, atol=0)
-    sounds["a"] = lambda: (waves["b"] + waves["c"], 16_000)
-    third = embed(sounds, network, "x", cache=tmp_path)
+    sounds["a"] = lambda: waves["b"] + waves["c"]
+    third = evaluate.embed(sounds, network, "x", cache=tmp_path)
     assert sum(calls) == 4 and not torch.equal(third.values[0], first.values[0])
-    embed(sounds, network, "another classifier", cache=tmp_path)
+    evaluate.embed(sounds, network, "another classifier", cache=tmp_path)
     assert sum(calls) == 7
-    for path in tmp_path.glob("*.npy"):  # torn files are computed again
-        path.write_bytes(path.read_bytes()[:50])
-    torch.testing.assert_close(embed(renamed, network, "x", cache=tmp_path).values, second.values)
-    assert sum(calls) == 9
-
-
-def test_sounds_of_many_lengths_do_not_pile_up(tmp_path):
-    """What waits for others of its length is computed before it fills the memory."""
-    done = []
-    sounds = {f"{i:02d}": lambda i=i: (done.append(len(held)) or torch.ones(32_000 + i), 16_000)
-              for i in range(40)}  # fmt: skip
-    held = []
-
-    def network(waves):
-        held.extend(len(wave) for wave in waves)
-        return waves[:, :2] * waves.shape[1]
-
-    found = embed(sounds, network, "x", cache=None, batch_size=2)
-    assert found.values[:, 0].tolist() == [32_000 + i for i in range(40)]
-    assert done == [i // 16 * 16 for i in range(40)]
-
-
-def test_batches_hold_sounds_of_one_length(small, tmp_path):
-    sounds = {}
-    for i, n in enumerate((32_000, 48_000, 32_000, 40_123, 48_000)):
-        sounds[f"s{i}"] = lambda i=i, n=n: (0.1 * rng_normal(n, seed=i).float(), 16_000)
-    together = embed(sounds, lambda w: torch.cat(small(w), 1), "", cache=None, batch_size=2)
-    for i, name in enumerate(together.names):
-        alone = torch.cat(small(sounds[name]()[0][None]), 1)[0]
-        torch.testing.assert_close(together.values[i], alone, rtol=1e-4, atol=1e-4)
 
 
 # ---- the command
@@ -455,23 +314,19 @@ def folders(small, tmp_path_factory):
 
 
 def command(folders, *arguments, out):
-    options = ["--classifier", str(folders / "classifier.safetensors"), "--out", str(out)]
-    evaluate.main([*map(str, arguments), *options, "--cache", str(folders / "cache")])
+    options = ["--classifier", folders / "classifier.safetensors", "--out", out]
+    options += ["--cache", folders / "cache"]
+    evaluate.main([*map(str, (*options, *arguments))])
     return json.loads((out / "metrics.json").read_text())
 
 
 def test_controls_behave(folders, tmp_path, capsys):
-    metrics = command(
-        folders,
-        folders / "generated",
-        folders / "reference",
-        *("--controls", folders / "other", "--codec", "mel", "--variants"),
-        out=tmp_path,
-    )
+    arguments = (folders / "generated", folders / "reference")
+    options = ("--controls", folders / "other", "--codec", "mel")
+    metrics = command(folders, *arguments, *options, out=tmp_path)
     sets = metrics["sets"]
-    assert set(sets) == {
-        *("reference", "generated", "floor", "ceiling", "silence", "noise", "shuffled"),
-    }
+    names = "reference generated floor ceiling silence noise shuffled"
+    assert set(sets) == set(names.split())
     for key in ("FD", "KL_softmax"):
         assert 0 < sets["floor"][key] < sets["generated"][key]
         assert sets["floor"][key] <= sets["ceiling"][key]
@@ -479,25 +334,17 @@ def test_controls_behave(folders, tmp_path, capsys):
     assert sets["generated"]["KL_softmax"] < sets["shuffled"]["KL_softmax"]
     low, high = sets["generated"]["KL_softmax_95"]
     assert low < sets["generated"]["KL_softmax"] < high
-    assert set(sets["shuffled"]) == {
-        *("N", "KL_softmax", "KL_softmax_95", "KL_sigmoid", "KL_sigmoid_95"),
-    }
+    assert set(sets["shuffled"]) >= {"N", "KL_softmax", "KL_softmax_95"}
     assert sets["silence"]["silent"] == [f"{i:02d}" for i in range(12)]
     assert sets["generated"]["silent"] == [] and sets["generated"]["N"] == 12
-    assert sets["generated"]["sample_rates"] == {"16000": 12}
-    assert metrics["classifier"]["classes"] == 5 and len(metrics["classifier"]["sha256"]) == 64
-    assert metrics["paired"] and "--controls" in metrics["command"]
-    variants = metrics["variants"]
-    assert variants["KL softmax"] == pytest.approx(sets["generated"]["KL_softmax"], rel=1e-9)
-    assert variants["IS"] == pytest.approx(sets["generated"]["IS"], rel=1e-9)
-    assert variants["KL softmax of probabilities taken for logits"] < variants["KL softmax"]
+    assert len(metrics["classifier"]["sha256"]) == 64 and metrics["folders"]["floor"]
     printed = capsys.readouterr().out
-    assert "12 silent" not in printed and "FD, N → ∞" in printed  # silence is meant to be
+    assert "12 silent" not in printed  # silence is meant to be
 
     # The numbers are those of the functions, on features made one by one.
     model = Cnn14.load(folders / "classifier.safetensors")
     rows = {
-        kind: [model(load_sound(folders / kind / f"{i:02d}.wav")[0][None]) for i in range(12)]
+        kind: [model(load_sound(folders / kind / f"{i:02d}.wav")[None]) for i in range(12)]
         for kind in ("generated", "reference")
     }
     embeddings, logits = (
@@ -505,7 +352,7 @@ def test_controls_behave(folders, tmp_path, capsys):
     )
     fd = frechet_distance(embeddings["generated"], embeddings["reference"])
     assert sets["generated"]["FD"] == pytest.approx(fd, rel=1e-4)
-    kl = pair_divergences(logits["reference"], logits["generated"]).mean().item()
+    kl = evaluate.pair_divergences(logits["reference"], logits["generated"]).mean().item()
     assert sets["generated"]["KL_softmax"] == pytest.approx(kl, rel=1e-4)
 
 
@@ -513,18 +360,15 @@ def test_seeds_and_unpaired_sets(folders, tmp_path, capsys):
     for seed in (1, 2):
         for i in range(12):
             wave = 0.1 * rng_normal(32_000, seed=100 * seed + i).numpy()
-            write(tmp_path / f"gen{seed}" / f"x{i}.wav", wave)
-    metrics = command(
-        folders,
-        tmp_path / "gen1",
-        folders / "reference",
-        *("--seeds", tmp_path / "gen2"),
-        out=tmp_path,
-    )
-    assert len(metrics["FD_seeds"]) == 2 and not metrics["paired"]
-    assert metrics["FD_seeds"][0] != metrics["FD_seeds"][1]
-    assert "KL_softmax" not in metrics["sets"]["generated"]
-    assert "no names in common" in capsys.readouterr().out
+            write(tmp_path / f"gen{seed}" / f"x{i}.wav", wave if i else np.full(40_000, 0.2))
+    arguments = (tmp_path / "gen1", folders / "reference", "--seeds", tmp_path / "gen2")
+    sets = command(folders, *arguments, out=tmp_path)["sets"]
+    fds = [sets[name]["FD"] for name in ("generated", "seed 2")]
+    assert fds[0] != fds[1] and "KL_softmax" not in sets["generated"]
+    assert sets["reference"]["N"] == 12 and sets["reference"]["missing"] == []
+    printed = capsys.readouterr().out
+    assert f"FD of 2 seeds: {np.mean(fds):.4g}" in printed
+    assert "no names in common" in printed and "seed 2: 1 silent: x0" in printed
 
 
 def test_a_table_chooses_the_clips(folders, tmp_path, capsys):
@@ -540,144 +384,45 @@ def test_a_table_chooses_the_clips(folders, tmp_path, capsys):
             write(tmp_path / "real" / f"{real}.flac", sound, subtype="PCM_16")
     write(tmp_path / "real" / "unrelated.wav", sound)
     (tmp_path / "test.csv").write_text("\n".join(rows))
-    metrics = command(
-        folders,
-        *(tmp_path / "gen", tmp_path / "real", "--table", tmp_path / "test.csv"),
-        out=tmp_path,
-    )
-    assert metrics["sets"]["generated"]["N"] == metrics["sets"]["reference"]["N"] == 11
-    assert metrics["sets"]["reference"]["missing"] == [ids[3]]
-    assert abs(metrics["sets"]["generated"]["KL_softmax"]) < 1e-3  # every clip met itself
-    printed = capsys.readouterr().out
-    assert "12 clips, the first caption of each" in printed and ids[3] in printed
+    arguments = (tmp_path / "gen", tmp_path / "real", "--table", tmp_path / "test.csv")
+    sets = command(folders, *arguments, out=tmp_path)["sets"]
+    assert sets["generated"]["N"] == sets["reference"]["N"] == 11
+    assert sets["reference"]["missing"] == [ids[3]] and sets["generated"]["missing"] == []
+    assert abs(sets["generated"]["KL_softmax"]) < 1e-3  # every clip met itself
+    assert f"reference: 1 missing: {ids[3]}" in capsys.readouterr().out
 
 
-def test_clap_score(folders, tmp_path):
-    """Real CLAP classes with small random weights: the score is the mean cosine."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = sizes | {"vocab_size": 300, "intermediate_size": 32, "max_position_embeddings": 66}
-    audio = {"depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 8}
-    audio |= {"hidden_size": 16, "num_mel_bins": 64, "spec_size": 256, "num_hidden_layers": 2}
-    config = ClapConfig(text_config=text, audio_config=audio, projection_dim=8)
-    ClapModel(config).save_pretrained(tmp_path / "clap")
-    extractor = ClapFeatureExtractor(truncation="rand_trunc", padding="repeatpad")
-    extractor.save_pretrained(tmp_path / "clap")
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", *map(chr, range(33, 127)), "Ġ"]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    RobertaTokenizerFast(vocab=vocab, merges=[]).save_pretrained(tmp_path / "clap")
-    (tmp_path / "t.csv").write_text(
-        "name,caption\n" + "".join(f"{i:02d},{i} a\n" for i in range(12))
-    )
-    metrics = command(
-        folders,
-        *(folders / "generated", folders / "reference", "--table", tmp_path / "t.csv"),
-        *("--clap", tmp_path / "clap"),
-        out=tmp_path,
-    )
-    # By transformers' own forward pass, which normalises and multiplies.
-    model = ClapModel.from_pretrained(tmp_path / "clap").eval()
-    tokenizer = RobertaTokenizerFast.from_pretrained(tmp_path / "clap")
-    cosines = []
-    for i in range(12):
-        wave = load_sound(folders / "generated" / f"{i:02d}.wav")[0]
-        wave = torchaudio.functional.resample(wave, 16_000, 48_000)
-        heard = extractor(wave.numpy(), sampling_rate=48_000, return_tensors="pt")
-        with torch.no_grad():
-            out = model(**tokenizer(f"{i} a", return_tensors="pt"), **heard)
-        cosines.append((out.logits_per_audio / model.logit_scale_a.exp()).item())
-    assert metrics["clap"]["score"] == pytest.approx(np.mean(cosines), abs=1e-5)
-
-    # Above 10 s transformers takes a part at random, and we the beginning.
-    sound = {"a": lambda: (0.1 * rng_normal(170_000).float(), 16_000)}
-    arguments = (str(tmp_path / "clap"), sound, {"a": "x"}, torch.device("cpu"))
-    assert len({evaluate.clap_score(*arguments, cache=None)["score"] for _ in range(4)}) == 1
-
-    # A fused CLAP's extractor calls one clip of a batch longer than 10 s at random; none is.
-    audio |= {"enable_fusion": True, "aff_block_r": 1}
-    config = ClapConfig(text_config=text, audio_config=audio, projection_dim=8)
-    ClapModel(config).save_pretrained(tmp_path / "clap")
-    ClapFeatureExtractor(truncation="fusion").save_pretrained(tmp_path / "clap")
-    sounds = {str(i): lambda i=i: (0.1 * rng_normal(32_000, seed=i).float(), 16_000)
-              for i in range(6)}  # fmt: skip
-    arguments = (str(tmp_path / "clap"), sounds, dict.fromkeys(sounds, "x"), torch.device("cpu"))
-    scores = {evaluate.clap_score(*arguments, cache=tmp_path / "c")["score"]}
-    scores |= {evaluate.clap_score(*arguments, cache=None)["score"] for _ in range(4)}
-    assert len(scores) == 1
-    # The cache knows how the sounds were prepared, too.
-    ClapFeatureExtractor(truncation="fusion", padding="pad").save_pretrained(tmp_path / "clap")
-    fresh = evaluate.clap_score(*arguments, cache=None)["score"]
-    assert fresh not in scores
-    assert evaluate.clap_score(*arguments, cache=tmp_path / "c")["score"] == fresh
+def test_names_that_only_some_folders_have_are_named(folders, tmp_path):
+    for i in range(10):
+        shutil.copy(folders / "generated" / f"{i:02d}.wav", tmp_path)
+    sets = command(folders, tmp_path, folders / "reference", out=tmp_path / "out")["sets"]
+    assert sets["reference"]["N"] == sets["generated"]["N"] == 10
+    assert sets["generated"]["missing"] == ["10", "11"] and sets["reference"]["missing"] == []
 
 
-def fails(folders, tmp_path, *arguments):
-    """The one line that the command ends with."""
-    with pytest.raises(SystemExit) as e:
-        command(folders, *arguments, out=tmp_path)
-    line = str(e.value.code)
-    assert line.startswith("error: ") and "\n" not in line
-    assert not (tmp_path / "metrics.json").exists()
-    return line
-
-
-def test_bad_sets_are_named(folders, tmp_path, monkeypatch):
-    reference = folders / "reference"
-    good = soundfile.read(reference / "00.wav")[0]
-    assert "nowhere" in fails(folders, tmp_path, tmp_path / "nowhere", reference)
-    (tmp_path / "empty").mkdir()
-    assert "no audio" in fails(folders, tmp_path, tmp_path / "empty", reference)
-
-    some = tmp_path / "some"
-    for i in range(12):
-        write(some / f"{i:02d}.wav", good)
-    (some / "05.wav").write_bytes(b"RIFF no")
-    write(some / "06.wav", np.full(40_000, np.nan))
-    line = fails(folders, tmp_path, some, reference)
-    assert "05.wav" in line and "06.wav" in line
-    (some / "05.wav").unlink()
-    (some / "06.wav").unlink()
-    line = fails(folders, tmp_path, some, reference)
-    assert "2 names" in line and "05, 06" in line
-    write(some / "05.wav", good)
-    write(some / "05.flac", good, subtype="PCM_16")
-    assert "05.flac and 05.wav" in fails(folders, tmp_path, some, reference)
-
-    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
-    table = ("--table", tmp_path / "t.csv")
-    assert "t.csv" in fails(folders, tmp_path, reference, reference, *table)
+def test_what_cannot_be_compared_is_a_line(folders, tmp_path):
+    reference, good = folders / "reference", folders / "generated" / "00.wav"
+    for name in ("empty", "one", "torn", "twice"):
+        (tmp_path / name).mkdir()
+    shutil.copy(good, tmp_path / "one")
+    shutil.copytree(reference, tmp_path / "torn", dirs_exist_ok=True)
+    (tmp_path / "torn" / "05.wav").write_bytes(b"RIFF no")
+    write(tmp_path / "twice" / "05.wav", np.ones(9))
+    write(tmp_path / "twice" / "05.flac", np.ones(9), subtype="PCM_16")
     (tmp_path / "t.csv").write_text("youtube_id,caption\nx,y\n")
-    assert "none of its 1 ids" in fails(folders, tmp_path, reference, reference, *table)
-    for row in ("a dog", "00,a dog, a cat", ",a dog"):
-        (tmp_path / "t.csv").write_text(f"name,caption\n01,rain\n{row}\n")
-        assert "t.csv, row 2" in fails(folders, tmp_path, reference, reference, *table)
-    write(some / "05.wav", good)
-    (some / "05.flac").unlink()
-    (some / "06.m4a").write_bytes(b"...")
-    assert "06.m4a: convert it" in fails(folders, tmp_path, some, reference)
-    clap = ("--clap", tmp_path / "empty")
-    assert "CLAP" in fails(folders, tmp_path, reference, reference, *clap)
-
-
-def test_unequal_rates_and_silent_files_are_counted(folders, tmp_path, capsys):
-    for i in range(12):
-        rate = 16_000 if i else 44_100
-        wave = soundfile.read(folders / "generated" / f"{i:02d}.wav")[0]
-        write(tmp_path / "gen" / f"{i:02d}.wav", wave if i != 4 else np.full(40_000, 0.2), rate)
-    metrics = command(folders, tmp_path / "gen", folders / "reference", out=tmp_path)
-    assert metrics["sets"]["generated"]["silent"] == ["04"]
-    assert metrics["sets"]["generated"]["sample_rates"] == {"16000": 11, "44100": 1}
-    printed = capsys.readouterr().out
-    assert "1 silent" in printed and "44100" in printed
-    # Sets that agree in themselves, not with each other, are told apart, too.
-    for name in ("a", "b"):
-        for i in range(12):
-            wave = soundfile.read(folders / "generated" / f"{i:02d}.wav")[0]
-            write(tmp_path / name / f"{i:02d}.wav", wave, 16_000 if name == "a" else 22_050)
-    command(folders, tmp_path / "a", tmp_path / "b", out=tmp_path)
-    assert "several sample rates" in capsys.readouterr().out
-    command(folders, tmp_path / "a", tmp_path / "a", out=tmp_path)
-    assert "several sample rates" not in capsys.readouterr().out
+    for generated, options, expected in (
+        ("nowhere", (), "nowhere"),
+        ("empty", (), "empty: 0 audio files"),
+        ("twice", (), "twice: 2 audio files of 1 names"),
+        ("one", (), "1 names are in all of them"),
+        ("torn", (), "05.wav"),
+        ("torn", ("--table", tmp_path / "t.csv"), "torn: 0 audio files"),
+        ("torn", ("--classifier", tmp_path / "t.csv"), "t.csv: no Cnn14 of zenodo"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            command(folders, tmp_path / generated, reference, *options, out=tmp_path)
+        line = str(e.value.code)
+        assert line.startswith("error: ") and "\n" not in line and expected in line
 
 
 def test_two_ranks_give_what_one_gives(folders, tmp_path):
@@ -685,54 +430,11 @@ def test_two_ranks_give_what_one_gives(folders, tmp_path):
     options = ["--classifier", folders / "classifier.safetensors", "--out", tmp_path / "two"]
     options += ["--cache", tmp_path / "cache"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [ROOT / "evaluate.py", folders / "generated", folders / "reference", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *arguments], env=environment, capture_output=True, text=True)
+    torchrun += [ROOT / "evaluate.py", folders / "generated", folders / "reference", *options]
+    done = subprocess.run([*map(str, torchrun)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     for name, row in one["sets"].items():
-        for key in ("N", "FD", "IS", "KL_softmax"):
-            if key in row:
-                assert two["sets"][name][key] == pytest.approx(row[key], rel=1e-4), (name, key)
-
-
-def test_each_rank_computes_its_share(tmp_path):
-    (tmp_path / "share.py").write_text("""
-import sys
-
-import torch
-import torch.distributed as dist
-import evaluate
-
-dist.init_process_group("gloo")
-sounds = {f"{i}": lambda i=i: (torch.full((32_000,), i / 10), 16_000) for i in range(5)}
-heard = []
-
-def network(waves):
-    heard.extend(waves[:, 0].tolist())
-    return waves[:, :1]
-
-found = evaluate.embed(sounds, network, "x", cache=None)
-with open(f"{sys.argv[1]}/{dist.get_rank()}.txt", "w") as file:  # printed, two ranks' lines mix
-    print([round(10 * x) for x in sorted(heard)],
-          [round(10 * x) for x in found.values[:, 0].tolist()], file=file)
-dist.destroy_process_group()
-""")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*torchrun, tmp_path / "share.py", tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "0.txt").read_text() == "[0, 2, 4] [0, 1, 2, 3, 4]\n"
-    assert (tmp_path / "1.txt").read_text() == "[1, 3] [0, 1, 2, 3, 4]\n"
-
-
-def test_help_teaches():
-    done = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "lower" in done.stdout and "--controls" in done.stdout
+        for key in {"N", "FD", "IS", "KL_softmax"} & row.keys():
+            assert two["sets"][name][key] == pytest.approx(row[key], rel=1e-4), (name, key)

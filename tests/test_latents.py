@@ -1,22 +1,20 @@
-"""latents.py: grid, statistics, both codecs, audio files, stored data sets, the command line."""
+"""latents.py: grid, statistics, both codecs, audio files, tables, stored data sets, the command."""
 
 import functools
 import json
 import os
 import pathlib
 import platform
-import random
-import resource
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from urllib.error import URLError
 
 import numpy as np
 import pytest
-import safetensors.torch
 import soundfile
 import torch
 import transformers
@@ -29,11 +27,12 @@ from latents import (
     LatentDataset,
     LatentStats,
     MelCodec,
-    check_dataset,
     encode_dataset,
+    find_audio,
     load_audio,
     load_codec,
     read_table,
+    safe_name,
     save_audio,
     to_clips,
     to_grid,
@@ -41,6 +40,7 @@ from latents import (
 )
 
 ROOT = pathlib.Path(latents.__file__).parent
+MALE, PETS = "Male speech, man speaking", "Domestic animals, pets"
 
 
 def generator(seed=0):
@@ -67,8 +67,7 @@ def test_every_frame_has_its_place():
 
 def test_statistics_of_parts_are_those_of_the_whole(tmp_path):
     z = torch.randn(60, 5, FRAMES, generator=generator()) * 3 + torch.arange(5.0)[:, None] * 100
-    whole = LatentStats.of(z)
-    flat = z.double().transpose(0, 1).flatten(1)
+    whole, flat = LatentStats.of(z), z.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(whole.mean, flat.mean(1))
     torch.testing.assert_close(whole.std, flat.std(1, correction=0))
     a, b, c = (LatentStats.of(part) for part in (z[:7], to_grid(z[7:8]), z[8:]))
@@ -81,30 +80,21 @@ def test_statistics_of_parts_are_those_of_the_whole(tmp_path):
 
     normal = whole.normalize(z)
     assert torch.equal(to_grid(normal), whole.normalize(to_grid(z)))
-    torch.testing.assert_close(
-        LatentStats.of(normal).mean, torch.zeros(5).double(), atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(
-        LatentStats.of(normal).std, torch.ones(5).double(), atol=1e-5, rtol=0
-    )
+    assert LatentStats.of(normal).mean.abs().max() < 1e-5
+    assert (LatentStats.of(normal).std - 1).abs().max() < 1e-5
     torch.testing.assert_close(whole.denormalize(to_grid(normal)), to_grid(z))
+    constant = torch.full((2, 1, FRAMES), 7.0)  # is harmless
+    assert LatentStats.of(constant).normalize(constant).abs().max() == 0
+    with pytest.raises(ValueError, match="statistics of 1 channels, latents of 5"):
+        LatentStats.of(constant).normalize(z)
 
-    whole.save(tmp_path / "stats.safetensors")
-    loaded = LatentStats.load(tmp_path / "stats.safetensors")
+    whole.save(tmp_path / "s")
+    loaded = LatentStats.load(tmp_path / "s")
     assert torch.equal(loaded.mean, whole.mean) and torch.equal(loaded.std, whole.std)
     assert loaded.count == whole.count
-    (tmp_path / "stats.safetensors").write_bytes(b"no tensors at all")
-    with pytest.raises(ValueError, match="stats.safetensors"):
-        LatentStats.load(tmp_path / "stats.safetensors")
-
-
-def test_a_constant_channel_is_harmless():
-    z = torch.full((2, 1, FRAMES), 7.0)
-    stats = LatentStats.of(z)
-    assert stats.normalize(z).abs().max() == 0
-    assert torch.equal(stats.denormalize(stats.normalize(z)), z)
-    with pytest.raises(ValueError, match="statistics of 1 channels, latents of 2"):
-        stats.normalize(torch.zeros(1, 2, FRAMES))
+    (tmp_path / "s").write_bytes(b"no tensors at all")
+    with pytest.raises(ValueError, match="not a file of latent statistics"):
+        LatentStats.load(tmp_path / "s")
 
 
 # ------------------------------------------------------------------ EnCodec
@@ -136,9 +126,7 @@ def encodec(weights):
 
 def name_in_transformers(name):
     name = name.replace("quantizer.vq.", "quantizer.").replace("._codebook.", ".codebook.")
-    name = name.replace("encoder.model.", "encoder.layers.").replace(
-        "decoder.model.", "decoder.layers."
-    )
+    name = re.sub(r"(en|de)coder.model.", r"\1coder.layers.", name)
     name = name.replace("convtr.convtr.", "conv.").replace("conv.conv.", "conv.")
     for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
         name = name.replace(f".{old}", f".parametrizations.weight.{new}")
@@ -196,7 +184,7 @@ def test_weights_are_found_and_named(encodec, weights, tmp_path, monkeypatch):
 
     cached.unlink()
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(OSError, match=r"checkpoints/encodec_24khz-d7cc33bc.th .*--encodec-weights"):
+    with pytest.raises(OSError, match=r"checkpoints/encodec_24khz-d7cc33bc.th.*--encodec-weights"):
         EncodecCodec()
     with pytest.raises(OSError, match="nowhere.th"):
         EncodecCodec(tmp_path / "nowhere.th")
@@ -284,18 +272,11 @@ def test_mel_at_the_ends_of_its_range():
     assert wild.isfinite().all()
 
 
-def test_codecs_by_name(weights):
+def test_codecs_by_name():
     assert load_codec("mel").settings() == load_codec(MelCodec().settings()).settings()
     for settings in ("mp3", {}, {"name": "mel", "n_fft": 512}, {"name": "mel", "colour": "red"}):
         with pytest.raises(ValueError, match="codec"):
             load_codec(settings)
-    for shape in ((CLIP_SAMPLES,), (1, 1000), (1, 1, CLIP_SAMPLES)):
-        with pytest.raises(ValueError, match="161280"):
-            MelCodec().encode(torch.zeros(shape))
-    with pytest.raises(ValueError, match="128, frames"):
-        MelCodec().decode(torch.zeros(1, 128, 24, 21))
-    with pytest.raises(ValueError, match="128, frames"):
-        MelCodec().decode(torch.zeros(1, 64, 504))
     assert MelCodec().decode(torch.zeros(1, 128, 30)).shape == (1, 30 * 320)
 
 
@@ -308,7 +289,7 @@ def peak_frequency(wave):
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
-@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
 def test_load_audio(tmp_path, suffix, rate):
     path = tmp_path / f"tone.{suffix}"
     stereo = torch.stack([sine(1000, 2, rate), torch.zeros(2 * rate)], dim=1)
@@ -322,12 +303,18 @@ def test_load_audio(tmp_path, suffix, rate):
     torch.testing.assert_close(start, wave[:16_000], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("rate", [44_056, 44_101, 47_999, 701_234])
-def test_odd_rates_take_no_longer(tmp_path, rate):
+@pytest.mark.parametrize("rate", [44_056, 44_101, 701_234])
+def test_odd_rates_take_no_large_filters(tmp_path, rate, monkeypatch):
+    """44,101 : 16,000 has no common factor; its filters would take gigabytes."""
     soundfile.write(tmp_path / "odd.wav", sine(1000, 3, rate).numpy(), rate)
-    start = time.time()
+    resample = latents.AF.resample
+
+    def small(wave, old, new):
+        assert max(old, new) <= 1000
+        return resample(wave, old, new)
+
+    monkeypatch.setattr(latents.AF, "resample", small)
     wave = load_audio(tmp_path / "odd.wav")
-    assert time.time() - start < 5
     assert abs(len(wave) - 48_000) < 48_000 * 6e-4 and abs(peak_frequency(wave) - 1000) < 1
 
 
@@ -350,7 +337,8 @@ def test_audio_that_cannot_be_used(tmp_path):
         soundfile.write(tmp_path / name, samples, rate, subtype="FLOAT")
     (tmp_path / "text.wav").write_text("this is no audio")
     (tmp_path / "nothing.ogg").touch()
-    for name in (*bad, "text.wav", "nothing.ogg"):
+    (tmp_path / "x.raw").write_bytes(bytes(1000))  # libsndfile would have to be told the rate
+    for name in (*bad, "text.wav", "nothing.ogg", "x.raw"):
         with pytest.raises(ValueError, match=name) as error:
             load_audio(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -369,13 +357,8 @@ def test_save_audio(tmp_path, monkeypatch):
     torch.testing.assert_close(load_audio(path), sine(440), atol=1e-4, rtol=0)  # level is kept
     save_audio(path, sine(440) * 10)
     torch.testing.assert_close(load_audio(path), sine(440) * 1.98, atol=1e-3, rtol=0)  # not clipped
-    save_audio(path, torch.zeros(10))
     before = path.read_bytes()
-    for wave in (
-        torch.tensor([0.0, float("nan")]),
-        torch.tensor([float("inf")]),
-        torch.zeros(1, 5),
-    ):
+    for wave in (torch.tensor([0.0, torch.nan]), torch.tensor([torch.inf]), torch.zeros(1, 5)):
         with pytest.raises(ValueError, match="out.wav"):
             save_audio(path, wave)
     with pytest.raises(OSError):
@@ -388,6 +371,159 @@ def test_save_audio(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_audio(path, sine(440))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["out.wav"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept():
+    """Of a block of 64 MB that was there before, no page is new. By default, all 16,384 are."""
+    code = "import resource, torch, latents\nlatents.keep_freed_memory()\n"
+    code += "for _ in range(4): torch.ones(2**24)\n"
+    code += "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+    code += "before = faults(); torch.ones(2**24); print(faults() - before)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert int(done.stdout) < 100
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_precision(monkeypatch, units):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    cpu = latents.pick_device("cpu")
+    assert latents.pick_precision("auto", cpu) == ("bf16" if units else "fp32")
+    assert [latents.pick_precision(name, cpu) for name in ("bf16", "fp32")] == ["bf16", "fp32"]
+    with pytest.raises(ValueError, match="expected auto, fp32"):
+        latents.pick_precision("fp16", cpu)
+
+
+# ------------------------------------------------------------------ tables
+
+
+TABLES = {  # name and text; what its records are
+    "ours.jsonl": (
+        '\ufeff{"file": "a/1.wav", "captions": ["a dog", " ein Hund\u2028"], "labels": ["Dog"], '
+        '"n": 1}\n\n{"id": 7, "file": "2.wav", "caption": "a cat", "start": 3}\n'
+        '{"labels": "Dog; Bark", "id": "x"}\n',
+        [{"id": "a/1.wav", "file": "a/1.wav", "captions": ["a dog", "ein Hund"],
+          "labels": ["Dog"], "n": 1},
+         {"id": "7", "file": "2.wav", "captions": ["a cat"], "start": 3.0},
+         {"id": "x", "captions": [], "labels": ["Dog", "Bark"]}],
+    ),
+    "ours.csv": (
+        'file,caption,labels,licence\ndog.wav,"A dog, barking",Dog; Bark,CC0\nb.wav,,Tone,\n'
+        "dog.wav,Woof,Dog;Animal,CC BY\ndog.wav,Woof,,CC0\n",
+        [{"id": "dog.wav", "file": "dog.wav", "captions": ["A dog, barking", "Woof"],
+          "labels": ["Dog", "Bark", "Animal"], "licence": "CC0"},
+         {"id": "b.wav", "file": "b.wav", "captions": [], "labels": ["Tone"]}],
+    ),
+    "audiocaps.csv": (
+        "audiocap_id,youtube_id,start_time,caption\n" + "".join(
+            f"{i},-0xzrMun0Rs,30,Birds {i}\n" for i in range(5)),
+        [{"id": "-0xzrMun0Rs", "captions": [f"Birds {i}" for i in range(5)], "start": 30.0}],
+    ),
+    "clotho.csv": (
+        "file_name,caption_1,caption_2\na b.wav,rain,it rains\n",
+        [{"id": "a b.wav", "file": "a b.wav", "captions": ["rain", "it rains"]}],
+    ),
+    "wavcaps.json": (
+        '{"num": 1,\n "data": [{"id": "YabcDEF.wav", "caption": "a dog", "duration": 10.0}]}',
+        [{"id": "YabcDEF.wav", "captions": ["a dog"], "duration": 10.0}],
+    ),
+    "prompts.tsv": (
+        "prompt\na dog, barking\nA dog (barking)\n",
+        [{"id": "a_dog_barking", "captions": ["a dog, barking"]},
+         {"id": "a_dog_barking", "captions": ["A dog (barking)"]}],
+    ),
+    "segments.csv": (
+        "# Segments csv created Sun Mar  5 10:54:25 2017\n# YTID, start_seconds, end_seconds, …\n"
+        '--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/0bt9lr"\n'
+        '-0RWZT-miFs, 420.000, 429.5, "/m/05zppz"\n',
+        [{"id": "--4gqARaEJE", "start": 0.0, "end": 10.0, "labels": [PETS, "Dog"]},
+         {"id": "-0RWZT-miFs", "start": 420.0, "end": 429.5, "labels": [MALE]}],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def classes(tmp_path):
+    path = tmp_path / "classes.csv"
+    path.write_text(f'index,mid,display_name\n0,/m/05zppz,"{MALE}"\n1,/m/068hy,"{PETS}"\n'
+                    "2,/m/0bt9lr,Dog\n")  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(tmp_path, name, classes):
+    text, expected = TABLES[name]
+    (tmp_path / name).write_text(text)
+    records = read_table(tmp_path / name, classes)
+    assert len(records) == len(expected)
+    for record, row in zip(records, expected, strict=True):
+        row = {"captions": [], "labels": []} | row
+        assert {key: record.get(key) for key in row} == row
+        assert ("file" in record, "start" in record) == ("file" in row, "start" in row)
+
+
+@pytest.mark.parametrize(
+    "name, text, complaint",
+    [
+        ("a.csv", "file,caption\n", "no rows"),
+        ("a.csv", "a,b\n1,2\n", "row 1: expected columns such as id, name"),
+        ("a.csv", "file,caption\na.wav,x\na.wav,x,y,z\n", "row 2"),
+        ("a.csv", 'a_bcdefghij, 30.0, 40.0, "/m/1,/m/2"\n', "row 1: give --class-labels"),
+        ("a.csv", "# YTID\na_bcdefghij, thirty, 40.0, /m/05zppz\n", "row 1: could not convert"),
+        ("a.jsonl", '{"file": "a.wav", "caption": "x"}\n{"file": "b.wav", \n', "row 2: Expecting"),
+        ("a.jsonl", '{"file": "a.wav", "captions": [1]}\n', "row 1"),
+        ("a.jsonl", '{"file": "a.wav", "caption": "\\ud83d"}\n', "row 1.*surrogates"),
+        ("a.csv", b"file,caption\n\xff\xfe,x\n", "can't be read"),
+        ("a.csv", "caption\n" + "x" * 200_000, "can't be read"),
+    ],
+)
+def test_bad_tables(tmp_path, name, text, complaint, classes):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=complaint) as error:
+        read_table(tmp_path / name, classes)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_audio_is_found_by_file_or_id(tmp_path):
+    """A record with these keys is at this path, below a folder, in a linked one, too."""
+    wanted = [
+        ({"id": "x", "file": "sub/a.wav"}, "sub/a.wav"),
+        ({"id": "a"}, "sub/a.wav"),
+        ({"id": "a.wav", "file": "elsewhere/a.wav"}, "sub/a.wav"),  # by safe_name
+        ({"id": "--4gqARaEJE"}, "--4gqARaEJE.flac"),
+        ({"id": "-0RWZT-miFs"}, "linked/Y-0RWZT-miFs.WAV"),
+        ({"id": "AbC_dEfGhIj", "start": 30.0}, "AbC_dEfGhIj_30.000.wav"),
+        ({"id": "AbC_dEfGhIj", "start": 5.0}, "AbC_dEfGhIj_000004.wav"),
+        ({"id": "0123456789_"}, "linked/Y0123456789__30.ogg"),
+        ({"id": "a dog: Bark!"}, "a_dog_bark.wav"),
+        ({"id": "dog"}, None),  # dog.txt is no audio
+        ({"id": "gone", "file": "gone.wav"}, None),
+    ]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "other")
+    for path in (*filter(None, (path for _, path in wanted)), "dog.txt"):
+        (tmp_path / "in" / path).touch()
+    found = find_audio([record for record, _ in wanted], tmp_path / "in")
+    assert [path and str(path.relative_to(tmp_path / "in")) for path in found] == [
+        path for _, path in wanted
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, given, name",
+    [
+        ("Dog barking", False, "dog_barking"), ("../../etc/passwd", False, "etc_passwd"),
+        ("🐶 \n", False, "sound"), ("Köln: 犬が吠える", False, "köln_犬が吠える"),
+        ("half of an emoji \ud83d", False, "half_of_an_emoji"), ("犬" * 100, False, "犬" * 20),
+        ("-0xzrMun0Rs", True, "-0xzrMun0Rs"), ("sub/a b.OGG", True, "a_b"), ("..", True, "sound"),
+        (".hidden", True, "hidden"), ("c:\\take 1.5", True, "take_1.5"),
+        ("n" * 300, True, "n" * 200),
+    ],
+)  # fmt: skip
+def test_safe_names(text, given, name):
+    assert safe_name(text, given) == name
 
 
 # ------------------------------------------------------------------ stored data sets
@@ -417,11 +553,9 @@ def load_noise(row):
 
 
 def noise_rows(n=23):
-    labels = ["Rain", "Dog", "Ärger, laut"]
-    return [
-        {"id": i, "file": f"{i}.wav", "captions": [f"ein Ton\u2028 {i}"], "labels": labels[: i % 4]}
-        for i in range(n)
-    ]
+    several = [{"several_clips": 3} if i % 5 == 0 else {} for i in range(n)]  # at most
+    rows = [{"id": i, "file": f"{i}.wav", "captions": [f"Ton\u2028 {i}"]} for i in range(n)]
+    return [row | more for row, more in zip(rows, several, strict=True)]
 
 
 def contents(folder):
@@ -429,12 +563,7 @@ def contents(folder):
 
 
 encode_noise = functools.partial(
-    encode_dataset,
-    codec=FakeCodec(),
-    rows=noise_rows(),
-    load_clips=load_noise,
-    shard_rows=4,
-    batch_size=3,
+    encode_dataset, codec=FakeCodec(), rows=noise_rows(), load_clips=load_noise, batch_size=3
 )
 
 
@@ -446,251 +575,138 @@ def noise(tmp_path_factory):
 
 
 def test_what_was_written_is_read(noise):
-    data = LatentDataset(noise)
-    kept = [
-        (row, k)
-        for row in noise_rows()
-        if row["id"] % 7 != 3
-        for k in range(1 + (row["id"] % 5 == 0))
-    ]
-    assert len(data) == len(kept) == 24
-    assert data.codec == FakeCodec().settings() and data.labels == ["Dog", "Rain", "Ärger, laut"]
+    names = "clips.jsonl codec.json codes.npy latent_stats.safetensors skipped.csv"
+    assert sorted(contents(noise)) == names.split()
+    data, place = LatentDataset(noise), 0
+    kept = []
+    for row in noise_rows():
+        for k in range(0 if row["id"] % 7 == 3 else len(load_noise(row))):
+            kept.append(row | {"row": place + k} | ({"clip": k} if row["id"] % 5 == 0 else {}))
+        place += row.get("several_clips", 1)
+    assert len(data) == len(kept) == 24 and len(data.codes) == place == 33
+    assert data.codec == FakeCodec().settings()
     indices = torch.randperm(24, generator=generator())
     indices = torch.cat([indices, indices[:5]])  # some of them twice
     stored = data.stored(indices)
     assert stored.dtype == torch.uint16 and stored.shape == (29, 8, FRAMES)
     for i, codes in zip(indices.tolist(), stored, strict=True):
-        row, k = kept[i]
-        assert torch.equal(codes.int(), FakeCodec().encode(load_noise(row)[k : k + 1])[0].int())
-        assert data.record(i) == row | ({"clip": k} if row["id"] % 5 == 0 else {})
-        assert [data.labels[n] for n in data.label_ids(i)] == row["labels"]
-    everything = FakeCodec().dequantize(data.stored(range(24)))
-    torch.testing.assert_close(data.stats.mean, LatentStats.of(everything).mean)
-    torch.testing.assert_close(data.stats.std, LatentStats.of(everything).std)
+        clip = load_noise(kept[i])[kept[i].get("clip", 0)]
+        assert torch.equal(codes.int(), FakeCodec().encode(clip[None])[0].int())
+        assert data.record(i) == kept[i]
+    everything = LatentStats.of(FakeCodec().dequantize(data.stored(range(24))))
+    torch.testing.assert_close(data.stats.mean, everything.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(data.stats.std, everything.std, rtol=1e-12, atol=0)
     assert (noise / "skipped.csv").read_text() == "file,reason\n" + "".join(
         f"{i}.wav,{i}.wav: not audio\n" for i in (3, 10, 17)
     )
-    for i in (-1, 24):
-        with pytest.raises(IndexError, match="0 to 23"):
-            data.stored([0, i])
-    loader = torch.utils.data.DataLoader([0], collate_fn=lambda i: data.stored(i), num_workers=1)
+    with pytest.raises(IndexError):
+        data.stored([0, 24])
+    loader = torch.utils.data.DataLoader([0], collate_fn=data.stored, num_workers=1)
     assert torch.equal(next(iter(loader)).int(), data.stored([0]).int())
 
 
-def test_weights_are_balanced_over_labels(noise):
-    data = LatentDataset(noise)
-    weights = data.sampling_weights()
-    assert weights.dtype == torch.float64 and weights.shape == (24,)
-    clips = [set(data.label_ids(i)) for i in range(24)]
-    sizes = {label: sum(label in clip for clip in clips) for label in range(3)}
-    expected = [sum(1 / sizes[label] for label in clip) for clip in clips]
-    without = sum(not clip for clip in clips)
-    expected = torch.tensor([value or 1 / without for value in expected]).double()
-    torch.testing.assert_close(weights, expected / expected.sum(), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_ranks_write_the_same_bytes(noise, tmp_path, world_size):
-    ranks = list(range(world_size))
-    random.Random(0).shuffle(ranks)
-    done = [encode_noise(tmp_path, rank=rank, world_size=world_size) for rank in ranks]
-    assert True in done and done == sorted(done)  # complete when the last one with work is through
+@pytest.mark.parametrize("world_size, workers", [(2, 0), (3, 0), (9, 0), (1, 2)])
+def test_ranks_and_workers_write_the_same_bytes(noise, tmp_path, world_size, workers):
+    options = {"world_size": world_size, "workers": workers}
+    done = [encode_noise(tmp_path, rank=rank, **options) for rank in range(world_size)[::-1]]
+    assert done[-1] is True and done == sorted(done)  # complete when the last one is through
     assert contents(tmp_path) == contents(noise)
 
 
-def test_workers_write_the_same_bytes(noise, tmp_path):
-    encode_noise(tmp_path, workers=2)
+def test_killed_again_and_again(noise, tmp_path):
+    """Three processes that SIGKILL themselves at their fifth clip; the last one tears its log."""
+    code = "import os, signal, sys, tests.test_latents as t\ncalls = []\n"
+    code += "def load(row):\n    calls.append(row)\n"
+    code += "    return t.load_noise(row) if len(calls) < 5 else os.kill(os.getpid(), 9)\n"
+    code += (
+        f"t.encode_noise({str(tmp_path)!r}, load_clips=load, rank=int(sys.argv[1]), world_size=2)"
+    )
+    for rank in (0, 0, 1):
+        process = subprocess.run([sys.executable, "-c", code, str(rank)], cwd=ROOT, stderr=-3)
+        assert process.returncode == -signal.SIGKILL
+        with pytest.raises(FileNotFoundError, match="unfinished"):
+            LatentDataset(tmp_path)
+    log = tmp_path / "parts" / "1.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    loaded = []
+    load = lambda row: loaded.append(row["id"]) or load_noise(row)  # noqa: E731
+    assert encode_noise(tmp_path, load_clips=load) is True
     assert contents(tmp_path) == contents(noise)
+    assert len(loaded) == 23 - 2 * 3  # the batches that were done aren't done again
 
 
-def test_stopped_at_any_write(noise, tmp_path, monkeypatch):
-    """Every file but the first n is missing, and a torn one lies about: n = 0, 1, 2, …"""
-    replace, stop_at = os.replace, 0
+@pytest.mark.parametrize("name", ["plan", "skipped", "clips", "latent_stats", "codec"])
+def test_stopped_at_any_file(noise, tmp_path, monkeypatch, name):
+    """A full disk at one of the files that are written whole: nothing is left of it."""
 
-    class Killed(BaseException):
-        pass
+    def full(source, target):
+        if target.stem == name:
+            raise OSError(28, "No space left on device")
+        os.rename(source, target)
 
-    def replace_some(source, target):
-        nonlocal stop_at
-        if stop_at == 0:
-            (target.parent / f".{target.name}.rank5.tmp").write_bytes(b"torn")
-            raise Killed
-        stop_at -= 1
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", replace_some)
-    for n in (0, 1, 2, 3, 9, 18, 20, 24):
-        stop_at = n
-        with pytest.raises(Killed):
-            encode_noise(tmp_path / str(n))
-        stop_at = -1
-        assert n == 24 or not (tmp_path / str(n) / "dataset.json").exists()
-        assert encode_noise(tmp_path / str(n)) is True
-        assert contents(tmp_path / str(n)) == contents(noise)
-
-
-def test_killed_and_resumed(noise, tmp_path):
-    code = "import time, tests.test_latents as t; load = t.load_noise\n"
-    code += "slow = lambda row: time.sleep(0.2) or load(row)\n"
-    code += f"t.encode_noise({str(tmp_path)!r}, load_clips=slow)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "shard-00000.json").exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(random.Random().uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "dataset.json").exists()
-    with pytest.raises(FileNotFoundError, match="unfinished"):
-        LatentDataset(tmp_path)
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*.json")}
-    assert encode_noise(tmp_path) is True
-    assert contents(tmp_path) == contents(noise)
-    assert all(path.stat().st_mtime_ns == before for path, before in done.items())  # kept
-
-
-def test_a_disk_that_fills_up(noise, tmp_path):
-    """Stood in for by a limit on the size of files, from the fourth shard on."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(row):
-        if row["id"] == 12:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        return load_noise(row)
-
-    try:
-        with pytest.raises(OSError, match=r"shard-00003.npy: not written \(File too large\)"):
-            encode_noise(tmp_path, load_clips=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    left = contents(tmp_path)
-    assert len(left) == 1 + 3 * 3  # plan.json and three shards
-    assert all(contents(noise)[name] == data for name, data in left.items())
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=rf"{name}\..*: not written"):
+        patch.setattr(os, "replace", full)
+        encode_noise(tmp_path)
     assert encode_noise(tmp_path) is True and contents(tmp_path) == contents(noise)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_kept():
-    """Of a block of 64 MB that was there before, no page is new. By default, all 16,384 are."""
-    code = """
-import resource, sys, torch, latents
-if sys.argv[1] == "kept":
-    latents.keep_freed_memory()
-for _ in range(4):
-    torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    folder, faults = pathlib.Path(latents.__file__).parent, {}
-    for what in ("kept", "default"):
-        command = [sys.executable, "-c", code, what]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-        faults[what] = int(done.stdout)
-    assert faults["kept"] < min(100, faults["default"]), faults
-
-
-def test_another_table_or_codec_is_refused(noise):
-    before = contents(noise)
+def test_something_else_is_refused(noise, tmp_path):
     other = FakeCodec()
     other.settings = lambda: {"name": "encodec", "sha256": "other"}
-    with pytest.raises(ValueError, match="another codec"):
-        encode_noise(noise, codec=other)
-    with pytest.raises(ValueError, match="another table"):
-        encode_noise(noise, rows=noise_rows(22))
+    before = contents(noise)
+    for what in ({"codec": other}, {"rows": noise_rows(22)}, {"batch_size": 4}):
+        name = {"rows": "table"}.get(*what, *what)
+        with pytest.raises(ValueError, match=f"begun with another {name}"):
+            encode_noise(noise, **what)
     assert encode_noise(noise) is True and contents(noise) == before  # the same: nothing to do
 
-
-def test_no_labels_at_all(tmp_path):
-    rows = [row | {"labels": []} for row in noise_rows(5)]
-    encode_noise(tmp_path, rows=rows)
-    data = LatentDataset(tmp_path)
-    assert data.labels == [] and data.label_ids(0) == []
-    assert data.sampling_weights().tolist() == [0.2] * 5
-
-
-def test_nothing_to_encode(tmp_path):
     def broken(row):
         raise OSError("broken")
 
-    with pytest.raises(ValueError, match="all 23 rows were skipped, such as 0.wav: broken"):
+    with pytest.raises(ValueError, match=r"all rows were skipped \(0.wav: broken\)"):
         encode_noise(tmp_path, load_clips=broken)
     assert (tmp_path / "skipped.csv").read_text().count("broken") == 23
-    assert not (tmp_path / "dataset.json").exists()
-    for key in ("batch_size", "shard_rows"):
-        with pytest.raises(ValueError, match="1 or more"):
-            encode_noise(tmp_path, **{key: 0})
+    with pytest.raises(FileNotFoundError, match="no stored data set"):
+        LatentDataset(tmp_path / "parts")
+    (tmp_path / "parts" / "dataset.json").touch()
+    with pytest.raises(FileNotFoundError, match="older version"):
+        LatentDataset(tmp_path / "parts")
 
 
-def test_check_finds_any_damage(tmp_path):
-    rows, codec = noise_rows(9), MelCodec()
-    encode_dataset(tmp_path, codec, rows, load_noise, shard_rows=4)
-    assert "10 clips, 3 labels, mel" in check_dataset(tmp_path)
-    for path in sorted(tmp_path.iterdir()):
-        whole = path.read_bytes()
-        for at in (0, len(whole) // 3, len(whole) - 2):
-            if path.name != "plan.json":  # that one only matters while encoding
-                path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-                with pytest.raises(ValueError):
-                    check_dataset(tmp_path)
-        path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match="damaged|not a file"):
-            check_dataset(tmp_path)
-        path.unlink()
-        with pytest.raises(OSError):
-            check_dataset(tmp_path)
-        path.write_bytes(whole)
-    check_dataset(tmp_path)
-    shard = tmp_path / "shard-00001.npy"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="shard-00001.npy: damaged"):
-        LatentDataset(tmp_path).stored([8])
-    shard.write_bytes((tmp_path / "shard-00002.npy").read_bytes())
-    with pytest.raises(ValueError, match="shard-00001.npy: damaged, 1 clips instead of 5"):
-        LatentDataset(tmp_path).stored([8])
+def test_damage_that_would_go_on_silently(noise, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(noise, folder)
+    codes = np.load(noise / "codes.npy")
+    codes[1, 0, 0] = 1024
+    np.save(folder / "codes.npy", codes)
+    data = LatentDataset(folder)
+    with pytest.raises(ValueError, match="damaged, EnCodec has no code 1024"):
+        data.stored([0, 1])
+    lines = (noise / "clips.jsonl").read_text().split("\n")[:-1]
+    for text, complaint in (
+        ([*lines[1:], lines[0]], "rows must rise"),
+        ([line.replace('"row": 3', '"row": "x"') for line in lines], "rows must rise"),
+        ([line.replace('"row": 32', '"row": 33') for line in lines], "rows must rise"),
+        ([], "damaged"),
+    ):
+        (folder / "clips.jsonl").write_text("".join(line + "\n" for line in text))
+        with pytest.raises(ValueError, match=complaint) as error:
+            LatentDataset(folder)
+        assert str(folder) in str(error.value)
+    (folder / "clips.jsonl").write_text("\n".join(lines[:2] + [lines[2].replace("[", "")]) + "\n")
+    with pytest.raises(ValueError, match="damaged at clip 2"):
+        LatentDataset(folder).record(2)
+    (folder / "codes.npy").write_bytes((noise / "codes.npy").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="damaged"):
+        LatentDataset(folder)
 
 
-def test_two_million_clips(tmp_path):
-    """Sizes of real files, extrapolated: codes and index take 16.2 GB or less (captions apart)."""
-    rows = [{"id": i, "file": "f", "captions": ["c"], "labels": ["a", "b"]} for i in range(256)]
-    wave = torch.rand(1, CLIP_SAMPLES)
-    encode_dataset(tmp_path, FakeCodec(), rows, lambda row: wave, shard_rows=256)
-    size = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    clips, header = 2_000_000, 128  # of a .npy file
-    total = clips * (size.pop("shard-00000.npy") - header) / 256
-    for name in ("record_offsets.npy", "label_starts.npy", "label_ids.npy"):
-        total += clips * (size.pop(name) - header) / 256
-    size.pop("shard-00000.jsonl")  # captions and records
-    shard = size.pop("shard-00000.json") * 128 / 3 + 2 * header  # statistics of 128 channels, not 3
-    total += shard * clips / 2048 + sum(size.values())
-    assert 16e9 < total <= 16.2e9, total
-
-
-def test_two_million_clips_start_at_once(noise, tmp_path):
-    clips, shards = 2_000_000, 977
-    about = json.loads((noise / "dataset.json").read_bytes())
-    about["shard_clips"] = [2048] * (shards - 1) + [clips - 2048 * (shards - 1)]
-    about["labels"] = [f"label {i}" for i in range(527)]
-    (tmp_path / "dataset.json").write_text(json.dumps(about))
-    (tmp_path / "latent_stats.safetensors").write_bytes(
-        (noise / "latent_stats.safetensors").read_bytes()
-    )
-    np.save(tmp_path / "record_offsets.npy", np.arange(clips) % 2048 * 200)
-    np.save(tmp_path / "label_starts.npy", np.arange(clips + 1) * 2)
-    np.save(tmp_path / "label_ids.npy", np.arange(clips * 2, dtype=np.int32) % 527)
-    start = time.time()
-    data = LatentDataset(tmp_path)
-    assert len(data) == clips and data.label_ids(clips - 1) == [
-        (2 * clips - 2) % 527,
-        (2 * clips - 1) % 527,
-    ]
-    assert time.time() - start < 1
-
-
-# ------------------------------------------------------------------ tables and the command line
+# ------------------------------------------------------------------ the command
 
 
 def run(monkeypatch, *args, **environment):
     """The command, in this process: its exit status or message."""
-    monkeypatch.setattr(sys, "argv", ["latents.py", *map(str, args)])
+    monkeypatch.setattr(sys, "argv", ["latents.py", "encode", *map(str, args)])
     for key, value in environment.items():
         monkeypatch.setenv(key, str(value))
     try:
@@ -710,144 +726,54 @@ def sounds(tmp_path):
     return folder
 
 
-def test_encode_a_csv(sounds, tmp_path, monkeypatch, capsys):
+def test_encode(sounds, tmp_path, monkeypatch, capsys):
     table, out = tmp_path / "t.csv", tmp_path / "out"
-    table.write_text(
-        'file,caption,labels,licence\ndog.wav,"A dog, barking",Dog; Bark,CC0\n'
-        "sub/long.flac,,Tone,CC0\nbroken.ogg,x,Dog,CC0\ngone.wav,x,Dog,CC0\n"
-        "dog.wav,Woof,Dog;Animal,CC BY\ndog.wav,Woof,,CC0\nsub/long.flac,,Sine,CC0\n"
-    )
-    command = ("encode", sounds, table, "--out", out, "--codec", "mel", "--workers", 0)
-    assert run(monkeypatch, *command) == 0
+    table.write_text("id,file,caption,labels\nD,dog.wav,Woof,Dog\nlong,,,Tone;Sine\n"
+                     ",broken.ogg,x,Dog\ngone,,x,Dog\n")  # fmt: skip
+    command = (sounds, table, "--codec", "mel", "--batch-size", 2, "--workers", 0, "--out")
+    assert run(monkeypatch, *command, out) == 0
     assert "2 clips; 2 rows skipped" in capsys.readouterr().out
     data = LatentDataset(out)
-    assert data.record(0) == {
-        "id": "dog.wav",
-        "file": "dog.wav",
-        "labels": ["Dog", "Bark", "Animal"],
-        "licence": "CC0",
-        "captions": ["A dog, barking", "Woof"],
-    }
+    first = {"row": 0, "id": "D", "file": "dog.wav", "labels": ["Dog"], "captions": ["Woof"]}
+    assert data.record(0) == first
     assert data.record(1)["captions"] == ["The sound of Tone, Sine"]
-    codec = MelCodec()
-    expected = codec.encode(to_clips(load_audio(sounds / "sub" / "long.flac")))
+    assert data.record(1)["file"] == "sub/long.flac"
+    expected = MelCodec().encode(to_clips(load_audio(sounds / "sub" / "long.flac")))
     assert (data.stored([1]).int() - expected.int()).abs().max() <= 1
     skipped = (out / "skipped.csv").read_text()
-    assert "broken.ogg: can't be read as audio" in skipped and "gone.wav: no such file" in skipped
-    assert run(monkeypatch, "check", out) == 0 and "all is well" in capsys.readouterr().out
-    # two ranks, as torchrun starts them
-    out = tmp_path / "ranks"
-    command = ("encode", sounds, table, "--out", out, "--codec", "mel", "--shard-rows", 2)
-    for rank in (1, 0):
-        assert run(monkeypatch, *command, RANK=rank, WORLD_SIZE=2) == 0
-    assert torch.equal(LatentDataset(out).stored([1, 0]), data.stored([1, 0]))
-    shard = out / "shard-00001.npy"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\x77")
-    assert "shard-00001.npy: damaged" in run(monkeypatch, "check", out)
+    assert "broken.ogg: can't be read as audio" in skipped and "gone: no such file" in skipped
+    for rank in (1, 0):  # as torchrun starts them
+        assert run(monkeypatch, *command, tmp_path / "two", RANK=rank, WORLD_SIZE=2) == 0
+    assert contents(tmp_path / "two") == contents(out)
 
-
-def test_encode_jsonl_and_long_files(sounds, tmp_path, monkeypatch):
-    table, out = tmp_path / "t.jsonl", tmp_path / "out"
-    rows = [{"file": "dog.wav", "captions": ["a dog", "ein Hund\u2028"], "labels": ["Dog"], "n": 1}]
-    rows += [{"id": "L", "file": "sub/long.flac", "caption": "a tone", "source": {"by": "me"}}]
-    table.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
-    command = ("encode", sounds, table, "--out", out, "--codec", "mel", "--several-clips")
-    assert run(monkeypatch, *command) == 0
-    data = LatentDataset(out)
+    assert run(monkeypatch, *command, tmp_path / "several", "--several-clips", WORLD_SIZE=1) == 0
+    data = LatentDataset(tmp_path / "several")
     assert [data.record(i).get("clip") for i in range(4)] == [None, 0, 1, 2]
-    assert data.record(0)["captions"] == ["a dog", "ein Hund"] and data.record(0)["n"] == 1
-    assert data.record(3)["id"] == "L" and data.record(3)["source"] == {"by": "me"}
-    assert data.label_ids(3) == []
-    assert "another table" in run(monkeypatch, *command[:-1])  # one clip a file: other rows
-
-
-def test_encode_audioset(sounds, tmp_path, monkeypatch):
-    (sounds / "dog.wav").rename(sounds / "--4gqARaEJE.wav")
-    (sounds / "sub" / "long.flac").rename(sounds / "sub" / "Y-0RWZT-miFs.flac")
-    soundfile.write(sounds / "AbC_dEfGhIj_30.000.wav", sine(700, 1).numpy(), 16_000)
-    table, classes, out = tmp_path / "eval.csv", tmp_path / "classes.csv", tmp_path / "out"
-    table.write_text(
-        "# Segments csv created Sun Mar  5 10:54:25 2017\n# num_ytids=4, num_segs=4\n"
-        "# YTID, start_seconds, end_seconds, positive_labels\n"
-        '--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/0bt9lr"\n'
-        '-0RWZT-miFs, 420.000, 430.000, "/m/05zppz"\nAbC_dEfGhIj, 30.000, 40.000, "/m/0bt9lr"\n'
-        'missing0000, 30.000, 40.000, "/m/0bt9lr"\n'
-    )
-    classes.write_text(
-        'index,mid,display_name\n0,/m/05zppz,"Male speech, man speaking"\n'
-        '1,/m/068hy,"Domestic animals, pets"\n2,/m/0bt9lr,"Dog"\n'
-    )
-    command = ["encode", sounds, table, "--out", out, "--codec", "mel", "--workers", 0]
-    assert "--class-labels" in run(monkeypatch, *command)
-    assert run(monkeypatch, *command, "--class-labels", classes) == 0
-    data = LatentDataset(out)
-    assert data.labels == ["Dog", "Domestic animals, pets", "Male speech, man speaking"]
-    assert [data.record(i)["id"] for i in range(3)] == ["--4gqARaEJE", "-0RWZT-miFs", "AbC_dEfGhIj"]
-    assert data.record(1)["captions"] == ["The sound of Male speech, man speaking"]
-    assert data.record(2)["file"] == "AbC_dEfGhIj_30.000.wav" and data.label_ids(0) == [1, 0]
-    assert "missing0000" in (out / "skipped.csv").read_text()
-    with pytest.raises(ValueError, match="/m/xyz"):
-        table.write_text('# YTID\n--4gqARaEJE, 0.000, 10.000, "/m/xyz"\n')
-        read_table(table, sounds, classes)
-
-
-@pytest.mark.parametrize(
-    "name, text, complaint",
-    [
-        ("a.csv", "", "no rows"),
-        ("a.csv", "file,caption\n", "no rows"),
-        ("a.csv", "name,caption\na.wav,x\n", "row 1: expected file"),
-        ("a.csv", "file,caption,labels\na.wav,x,\nb.wav,,\n", "row 2: b.wav has neither"),
-        ("a.csv", "file,caption\na.wav,x,y,z\n", "row 1"),
-        ("a.jsonl", '{"file": "a.wav", "caption": "x"}\n{"file": "b.wav", \n', "row 2"),
-        ("a.jsonl", '["a.wav"]\n', "row 1"),
-        ("a.jsonl", '{"file": "a.wav", "captions": [1]}\n', "row 1"),
-        ("a.jsonl", '{"file": 3, "caption": "x"}\n', "row 1"),
-        ("a.csv", b"file,caption\n\xff\xfe,x\n", "can't be read"),
-    ],
-)
-def test_bad_tables(tmp_path, name, text, complaint):
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=complaint) as error:
-        read_table(tmp_path / name, tmp_path)
-    assert name in str(error.value) and "\n" not in str(error.value)
+    whole = MelCodec().encode(to_clips(load_audio(sounds / "sub" / "long.flac"), several=True))
+    assert (data.stored([1, 2, 3]).int() - whole.int()).abs().max() <= 1
 
 
 def test_mistakes_get_one_line(sounds, tmp_path, monkeypatch):
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("file,caption\ndog.wav,x\n")
+    (tmp_path / "bare.csv").write_text("file\ndog.wav\n")
     (tmp_path / "file").touch()
-    command = ["encode", sounds, table, "--codec", "mel", "--workers", 0, "--out"]
     for args, complaint in (
-        (["encode", tmp_path / "gone", *command[2:], out], "no such folder"),
-        (["encode", sounds, tmp_path / "gone.csv", *command[3:], out], "gone.csv"),
-        ([*command, out, "--device", "cuda"], "PyTorch finds only cpu"),
-        ([*command, out, "--batch-size", 0], "1 or more"),
-        ([*command, tmp_path / "file"], "File exists"),
-        ([*command, out, "--codec", "encodec", "--encodec-weights", tmp_path / "w.th"], "w.th"),
-        (["check", tmp_path / "gone"], "not a stored data set"),
+        ([tmp_path / "gone", table, "--out", out], "no such folder"),
+        ([sounds, tmp_path / "gone.csv", "--out", out], "gone.csv"),
+        ([sounds, tmp_path / "bare.csv", "--out", out], "neither a caption nor labels"),
+        ([sounds, table, "--out", out, "--device", "cuda"], "PyTorch finds only cpu"),
+        ([sounds, table, "--out", tmp_path / "file", "--codec", "mel"], "file"),
+        ([sounds, table, "--out", out, "--encodec-weights", tmp_path / "w.th"], "w.th"),
     ):
         message = run(monkeypatch, *args)
         assert message.startswith("error: ") and complaint in message and "\n" not in message
     assert not out.exists()
-    assert run(monkeypatch, "encode", "--colour") == 2
+    assert run(monkeypatch, "--colour") == 2
 
 
-def test_as_a_script(tmp_path):
-    command = [sys.executable, "latents.py", "check", str(tmp_path)]
+def test_as_a_script():
+    command = [sys.executable, "latents.py", "encode", "nowhere", "t.csv", "--out", "nowhere"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 1 and process.stdout == ""
-    assert (
-        process.stderr == f"error: {tmp_path}: not a stored data set (there is no dataset.json)\n"
-    )
-
-
-def test_headerless_audio_is_refused(tmp_path):
-    (tmp_path / "x.raw").write_bytes(bytes(1000))  # libsndfile would have to be told the rate
-    with pytest.raises(ValueError, match="can't be read as audio"):
-        load_audio(tmp_path / "x.raw")
-
-
-def test_statistics_without_a_count(tmp_path):
-    safetensors.torch.save_file({"mean": torch.zeros(3), "std": torch.ones(3)}, tmp_path / "s")
-    assert LatentStats.load(tmp_path / "s").count == 0
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == "error: nowhere: no such folder\n"

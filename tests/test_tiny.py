@@ -58,7 +58,7 @@ def test_folders_of_another_codec_are_refused(change, tmp_path):
     about = json.loads(path.read_text())
     about["codec"] = {k: v for k, v in (about["codec"] | change).items() if v is not None}
     path.write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=f"another mel codec: {next(iter(change))} .*, and this"):
+    with pytest.raises(ValueError, match="made with another mel codec"):
         load_model(tmp_path / "model")
 
 

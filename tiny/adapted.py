@@ -1,9 +1,10 @@
-"""What does adapting teach the tiny model? appendix/adapt.py's four methods, before and after.
+"""What does adapting teach the tiny model? The three methods of appendix/adapt.py, and the
+ControlNet of appendix/control.py, before and after.
 
     python -m tiny.adapted                                       into runs/adapted
     python -m tiny.adapted --methods lora --label Moo --word cow --out runs/adapted-moo
 
-For three of them a few held-out recordings of a class are the sound to be learned (default:
+For adapt.py's a few held-out recordings of a class are the sound to be learned (default:
 streams, which the model misses): eight scenes of these recordings are what adapt.py gets, other
 scenes of the same recordings are what the model's sounds are compared with. The tagger says how
 often its first guess (or one of five) is the class, evaluate.py how far the sounds are from the
@@ -24,8 +25,6 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,60 +34,42 @@ from torch import Tensor
 import evaluate
 import latents
 import sample
-import train
-from appendix import adapt
+from appendix import adapt, control
 from tiny import judge
 from tiny.compose import HERE, Recordings, draw_scenes
 
-METHODS = tuple(adapt.METHODS)
-CONTROL_STEPS = 2000  # of 8 clips: 23 minutes on a core; adapt.py takes 5000 unless told
+METHODS = (*adapt.METHODS, "controlnet")
+CONTROL_STEPS = 2000  # of 8 clips: 23 minutes on a core; control.py takes 5000 unless told
 LEARN = 8  # scenes to learn from; a few recordings, in several places and levels
 
 
 def learn(method: str, arguments: list, args: argparse.Namespace) -> Path:
-    """The result of a run of adapt.py's, which goes on where it was."""
+    """The result of a run of adapt.py's or control.py's, which goes on where it was."""
     run = args.out / method
     options = ["--model", args.model, "--out", run, "--checkpoint-every", 250, *arguments]
     options += ["--device", args.device] if args.device else []
     options += ["--steps", args.train_steps] if args.train_steps else []
-    adapt.main([method, *map(str, options)])
+    if method == "controlnet":
+        control.main(["train", *map(str, options)])
+    else:
+        adapt.main([method, *map(str, options)])
     return run / "model"
 
 
 # ---- the three that learn a sound ----------------------------------------------------------------
 
 
-def experiments(args: argparse.Namespace) -> dict[str, tuple[str, Callable[[], sample.Model]]]:
-    """Set of sounds -> its prompt, and how to get the model that makes it."""
-    word, audio = args.word, args.out / "learned-from"
-    load = partial(sample.load_model, args.model, args.device)
-    the_sound = f"The sound of {word}"
-    sets = {"before": (the_sound, load)}
-
-    def with_word() -> sample.Model:
-        options = ["--audio", audio, "--token", "<new>", "--word", word]
-        folder, model = learn("textual-inversion", options, args), load()
-        sample.add_embedding(model, folder / "embedding.safetensors")
-        return model
-
-    def with_lora() -> sample.Model:
-        folder = learn("lora", ["--audio", audio, "--caption", the_sound], args)
-        model = load()
-        sample.add_lora(model, folder / "pytorch_lora_weights.safetensors")
-        return model
-
-    def dreambooth() -> sample.Model:
-        options = ["--audio", audio, "--token", "sks", "--word", word, "--prior-steps", args.steps]
-        return sample.load_model(learn("dreambooth", options, args), args.device)
-
-    if "textual-inversion" in args.methods:
-        sets["textual-inversion"] = ("The sound of <new>", with_word)
-    if "lora" in args.methods:
-        sets["lora"] = (the_sound, with_lora)
-    if "dreambooth" in args.methods:
-        sets["dreambooth"] = (f"The sound of sks {word}", dreambooth)
-        sets["dreambooth-class"] = (the_sound, dreambooth)  # what it makes of the class itself
-    return sets
+def experiments(args: argparse.Namespace) -> dict[str, tuple[str, str, list]]:
+    """Set of sounds -> its prompt, and the method, with options, that its model is made by."""
+    the_sound = f"The sound of {args.word}"
+    word = "textual-inversion", ["--token", "<new>", "--word", args.word]
+    lora = "lora", ["--caption", the_sound]
+    booth = "dreambooth", ["--token", "sks", "--word", args.word]
+    booth[1].extend(["--prior-steps", args.steps] if args.steps else [])
+    sets = {"before": (the_sound, "", []), "textual-inversion": ("The sound of <new>", *word)}
+    sets |= {"lora": (the_sound, *lora), "dreambooth": (f"The sound of sks {args.word}", *booth)}
+    sets["dreambooth-class"] = (the_sound, *booth)  # what it makes of the class itself
+    return {name: x for name, x in sets.items() if x[1] in ("", *args.methods)}
 
 
 def judge_sound(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse.Namespace) -> dict:
@@ -105,11 +86,14 @@ def judge_sound(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse.N
     files = evaluate.sounds_of(args.out / "floor")
     ceiling = {name: partial(evaluate.reconstruct, codec, path) for name, path in files.items()}
     rows = {"floor": (None, real["floor"]), "ceiling": (None, evaluate.hear(ceiling, tagger))}
-    for name, (prompt, model) in experiments(args).items():
+    for name, (prompt, method, options) in experiments(args).items():
         folder = args.out / name / "sounds"
         prompts = {f"{i:02d}": prompt for i in range(args.clips)}
         if any(not (folder / f"{x}.wav").exists() for x in prompts):
-            judge.write_generated(folder, prompts, model(), args)
+            options = ["--audio", args.out / "learned-from", *options]
+            model = learn(method, options, args) if method else args.model
+            model = sample.load_model(model, args.device)
+            judge.write_generated(folder, prompts, model, args)
         rows[name] = (prompt, hear(folder))
     result = {}
     for name, (prompt, heard) in rows.items():
@@ -138,9 +122,9 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def loudness_of(codec, wave: Tensor) -> Tensor:
-    """[504] of a wave [samples]: what `adapt.py controlnet` shows a ControlNet."""
+    """[504] of a wave [samples]: what a ControlNet is shown."""
     stored = codec.encode(latents.to_clips(wave).to(codec.device))
-    return latents.to_sequence(latents.loudness(codec, stored))[0, 0].cpu()
+    return codec.to_sequence(control.loudness(codec, stored))[0, 0].cpu()
 
 
 def judge_control(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse.Namespace) -> dict:
@@ -149,10 +133,8 @@ def judge_control(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse
     folder = args.out / "controlnet"
     judge.write_scenes(folder / "reference", scenes, recordings)
     if any(not (folder / "after" / f"{name}.wav").exists() for name in scenes):
-        if not args.data:
-            train.compose_tiny()
-        data = args.data or HERE / "data" / "train"
-        net = learn("controlnet", ["--data", data, "--steps", CONTROL_STEPS], args)
+        options = ["--data", args.data, "--val-clips", 16] if args.data else []
+        net = learn("controlnet", [*options, "--steps", CONTROL_STEPS], args)
     base = sample.load_model(args.model, args.device)
     reference = hear_folder(folder / "reference", tagger)
     result, width = {}, tagger.widths[-1]
@@ -163,9 +145,7 @@ def judge_control(recordings: Recordings, tagger: evaluate.Cnn14, args: argparse
             path, real = folder / name / f"{scene}.wav", folder / "reference" / f"{scene}.wav"
             wave = latents.load_audio(real)
             if not path.exists():
-                model = replace(base)  # a copy, so that `base` stays without control
-                if name == "after":
-                    sample.add_control(model, net, wave)
+                model = base if name == "before" else control.add_control(base, net, wave)
                 options = {"seed": args.seed, "indices": [i], "steps": args.steps}
                 options |= {"guidance": args.guidance, "sampler": args.sampler}
                 made = sample.generate(model, [about["captions"][0]], **options)
@@ -198,7 +178,7 @@ def picture(path: Path, folders: dict[str, Path]) -> None:
             axis.imshow(level, origin="lower", aspect="auto", vmin=-75, vmax=-15)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=7)
-    sample.save_figure(path, figure)
+    figure.savefig(path, dpi=100)
 
 
 def show(rows: dict[str, dict]) -> None:
@@ -242,9 +222,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="[all four]")
     add("--label", default="Stream", help="class of the recordings to learn [Stream]")
@@ -254,10 +233,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="[tiny/classifier.safetensors]")  # fmt: skip
     add("--out", type=Path, default=Path("runs/adapted"), help="folder [runs/adapted]")
     add("--data", type=Path, help="what a ControlNet learns from [the tiny data set]")
-    add("--train-steps", type=int, help="[adapt.py's own, controlnet 2000]")
+    add("--train-steps", type=int, help="[adapt.py's own; controlnet: 2000]")
     add("--clips", type=int, default=32, help="sounds of each set [32]")
     add("--seed", type=int, default=0, help="of the sounds [0]")
-    add("--steps", type=int, default=45, help="denoising steps [45]")
+    add("--steps", type=int, help="denoising steps [the model's own]")
     add("--guidance", type=float, help="[the model's own]")
     add("--sampler", choices=("pndm", "ddim", "ddpm"), default="pndm", help="[pndm]")
     add("--batch-size", type=int, default=16, help="sounds at a time [16]")

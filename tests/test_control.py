@@ -1,0 +1,183 @@
+"""appendix/control.py, on a small random model."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import save_model
+from diffusers import ControlNetModel, UNet2DConditionModel
+
+import sample
+import train
+from appendix import control
+from appendix.control import Control, Controlled, ControlNet, loudness
+from latents import CLIP_SAMPLES, FRAMES, MelCodec, to_grid
+from unet import UNet, UNetConfig
+
+ROOT = Path(control.__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick_sounds")
+
+
+@pytest.fixture(scope="module")
+def root(small, tmp_path_factory):
+    """A model folder, `model`, a stored data set, `data`, and a recording, `a.wav`."""
+    root = tmp_path_factory.mktemp("control")
+    save_model(root / "model")
+    (root / "data").symlink_to(small[small.index("--data") + 1])
+    soundfile.write(root / "a.wav", np.sin(np.arange(24_000) * 0.1) * 0.5, 16_000)
+    return root
+
+
+def training(root, out):
+    """The arguments of a small run, of 4 steps."""
+    options = f"train --model {root}/model --data {root}/data --out {out} --steps 4 --batch-size 2 "
+    options += "--val-clips 4 --lr 1e-2 --precision fp32 --device cpu --checkpoint-every 2"
+    return options.split()
+
+
+def inputs(channels=128, size=(24, 21), width=32):
+    """x_t, t and text for two samples."""
+    generator = torch.Generator().manual_seed(1)
+    x_t = torch.randn(2, channels, *size, generator=generator)
+    return x_t, torch.tensor([3, 600]), torch.randn(2, 7, width, generator=generator)
+
+
+def test_training_begins_with_the_models_own_sounds(root, tmp_path):
+    """Z = 0 changes nothing, to the bit; then the copy and Z learn, and nothing else does."""
+    task = Control(control.parse_train(training(root, tmp_path)[1:]), torch.device("cpu"))
+    unet, picture = UNet.from_pretrained(root / "model"), torch.randn(2, 1, 24, 21)
+    batches = [task.batch(step, range(2), task.choose(step, 2)) for step in range(3)]
+    with torch.no_grad():
+        plain = unet(*inputs())
+        assert torch.equal(Controlled(unet, task.network, picture)(*inputs()), plain)
+        alone = train.Denoiser.loss(task, unet, *batches[0])
+        assert torch.equal(task.loss(task.network, *batches[0]), alone)
+    optimizer = torch.optim.AdamW(task.network.parameters(), 1e-2)
+    for batch in batches:
+        optimizer.zero_grad()
+        task.loss(task.network, *batch).mean().backward()
+        optimizer.step()
+    for name, value in task.unet.state_dict().items():
+        assert torch.equal(value, unet.state_dict()[name]), name
+    assert all(p.grad.abs().max() > 0 for p in task.network.parameters())
+    with torch.no_grad():
+        outputs = [Controlled(unet, task.network, p)(*inputs()) for p in (picture, -picture)]
+    assert not torch.allclose(outputs[0], plain) and not torch.equal(*outputs)
+
+
+@pytest.fixture
+def pair():
+    """A U-Net and a ControlNet whose Z are not 0."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(8, 8, (32, 64, 64), (True, True, False), 2, 4, 48, None)).eval()
+    net = ControlNet.copy_of(unet).eval()
+    for name, p in net.named_parameters():
+        if name.startswith("controlnet"):
+            torch.nn.init.normal_(p, std=0.1)
+    return unet, net
+
+
+def test_controlnet_is_diffusers(pair, tmp_path):
+    unet, net = pair
+    unet.save_pretrained(tmp_path / "unet")
+    net.save_pretrained(tmp_path / "net")
+    their_unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval()
+    their_net, info = ControlNetModel.from_pretrained(tmp_path / "net", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    (x_t, t, text), picture = inputs(8, (13, 9), 48), torch.randn(2, 1, 13, 9)
+    with torch.no_grad():
+        more, middle = their_net.eval()(x_t, t, text, picture, return_dict=False)
+        added = {"down_block_additional_residuals": more, "mid_block_additional_residual": middle}
+        theirs = their_unet(x_t, t, text, **added).sample
+        again = ControlNet.from_pretrained(tmp_path / "net")
+        ours = Controlled(unet, again, picture)(x_t, t, text)
+        for a, b in zip(again(picture, x_t, t, text), [*more, middle], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(pair):
+    gradients = []
+    for checkpointing in (False, True):
+        model = Controlled(*pair, torch.ones(1, 1, 13, 9))
+        model.zero_grad()
+        model(*inputs(8, (13, 9), 48), None, checkpointing).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_loudness():
+    wave = torch.sin(torch.arange(CLIP_SAMPLES) * 0.5)[None] * 0.05
+    wave[:, CLIP_SAMPLES // 2 :] *= 10
+
+    class Waves:
+        """A codec that stores the wave itself."""
+
+        name = "wave"
+        dequantize = decode = staticmethod(lambda x: x)
+        to_grid = staticmethod(to_grid)
+
+    for codec, stored in ((MelCodec(), MelCodec().encode(wave)), (Waves, wave)):
+        picture = loudness(codec, stored)
+        assert picture.shape == (1, 1, 24, 21)
+        rows = picture[0, 0].mean(1)
+        assert (rows[13:23] - rows[1:11]).mean() == pytest.approx(1, abs=0.03)  # 20 dB
+        level = 20 * np.log10(0.05 / np.sqrt(2) if codec is Waves else 0.05)
+        assert rows[5] == pytest.approx((level + 40) / 20, abs=0.3)
+    silence = loudness(MelCodec(), torch.zeros(1, 128, FRAMES, dtype=torch.uint8))
+    assert silence.max().item() == pytest.approx((-80 + 10 * math.log10(128) + 40) / 20, abs=1e-5)
+
+
+def test_commands(root, tmp_path, capsys):
+    """Train; go on after an interruption, to the bit; sample."""
+    control.main(training(root, tmp_path / "run"))
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/run/model"
+    weights = tmp_path / "run/model/diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    (tmp_path / "run/checkpoints/step-0000004.pt").unlink()
+    shutil.rmtree(tmp_path / "run/model")
+    control.main(training(root, tmp_path / "run"))
+    assert "2 of 4 steps are done" in capsys.readouterr().out and weights.read_bytes() == whole
+
+    common = ["a horn", "--model", str(root / "model"), "--device", "cpu", "--steps", "2", "--out"]
+    new = ["--controlnet", f"{tmp_path}/run/model", "--control", str(root / "a.wav")]
+    control.main(["sample", *common, f"{tmp_path}/b.wav", *new])
+    sample.main([*common, f"{tmp_path}/plain.wav"])
+    sounds = [soundfile.read(tmp_path / name)[0] for name in ("b.wav", "plain.wav")]
+    assert len(sounds[0]) == CLIP_SAMPLES and not np.array_equal(*sounds)
+    with soundfile.SoundFile(tmp_path / "b.wav") as file:
+        assert json.loads(file.comment)["controlnet"] == f"{tmp_path}/run/model"
+
+
+def test_mistakes_get_one_line(root, tmp_path):
+    other = UNet(UNetConfig(128, 128, (32, 64), (False, True), 1, 4, 48, 32))
+    ControlNet.copy_of(other).save_pretrained(tmp_path / "net")
+    control_by = ["sample", "x", "--model", root / "model", "--out", tmp_path, "--device", "cpu"]
+    control_by += ["--control", root / "a.wav"]
+    for arguments, part in (
+        ([*control_by, "--controlnet", tmp_path / "net"], "net: the ControlNet of another U-Net"),
+        ([*control_by, "--controlnet", root / "nowhere"], "no U-Net there"),
+        ([*control_by, "--controlnet", root / "model"], "don't fit the config"),
+        ([*control_by, "--controlnet", tmp_path / "net", "--control", "no.wav"], "no.wav"),
+        (["train", "--model", tmp_path, "--out", tmp_path / "run"], "model.json"),
+    ):
+        with pytest.raises(SystemExit, match="^error: .*" + re.escape(part)):
+            control.main([str(x) for x in arguments])
+    for arguments in (["paint"], [str(x) for x in control_by]):
+        with pytest.raises(SystemExit, match="2"):
+            control.main(arguments)
+
+
+def test_help():
+    command = [sys.executable, "-m", "appendix.control", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "loudness" in done.stdout
