@@ -706,6 +706,7 @@ def _load_batch(rows, places, load_clips, batch_size: int, first: int) -> tuple[
         waves.append(clips)
         for k in range(len(clips)):
             number = {"clip": k} if len(clips) > 1 else {}
+            # "row" stands first: there LatentDataset finds it without reading the line
             records.append({"row": 0} | row | {"row": place + k} | number)
     return {"first": first, "records": records, "skipped": skipped}, torch.cat(waves)
 
@@ -742,7 +743,7 @@ def _join(folder: Path, codec, parts: list[dict], plan: dict) -> None:
 
 
 class LatentDataset:
-    """A stored data set. The arrays are memory-mapped: two million clips open within a second.
+    """A stored data set, memory-mapped: two million clips open within a second.
 
     codec: its settings, for `load_codec`. stats: LatentStats. FileNotFoundError if the folder holds
     no data set, or an unfinished one; ValueError if it is damaged.

@@ -195,7 +195,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("."), help="folder, or a .wav for a single sound [.]")
     add("-n", type=int, default=1, help="sounds for each prompt [1]")
     add("--seed", type=int, default=0, help="same seed, same noise [0]")
-    add("--steps", type=int, help="denoising steps, 10 or more [the model's]")
+    add("--steps", type=int, help="denoising steps; below 10 too few for pure noise [the model's]")
     add("--guidance", type=float, help="the scale s: how closely to follow the prompt, at the cost "
         "of variety; 1 is no guidance [the model's]")  # fmt: skip
     add("--sampler", choices=SAMPLERS, default="pndm", help="[pndm]")

@@ -188,6 +188,8 @@ class DreamBooth(Adapter):
 
     def choose(self, step: int, global_batch: int) -> np.ndarray:
         own = [self.data.record(i)["captions"] == [self.c.class_caption] for i in range(self.clips)]
+        if all(own):
+            raise ValueError(f"{self.data.folder}: no recording could be read, see skipped.csv")
         shares = np.where(own, 1 / max(1, sum(own)), 1 / (len(own) - sum(own)))
         rng = np.random.default_rng((self.c.seed, 0, step))
         return rng.choice(self.clips, global_batch, p=shares / shares.sum())
@@ -240,7 +242,9 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> tuple[Config, type[Ada
     # Nothing is held out of a few recordings: the validation loss is on themselves.
     options += ["--val-data", data] if args.audio else []
     c = train.parse_args([*METHODS[args.method].split(), *rest, *map(str, options)])
-    c, more = replace(c, warmup_steps=c.steps // 20), {"rank": args.rank}
+    more = {"rank": args.rank}
+    if not any(option.startswith("--warmup-steps") for option in rest):
+        c = replace(c, warmup_steps=c.steps // 20)
     if args.data:
         return Config(**vars(c), **more), LoRA
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

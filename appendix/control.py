@@ -11,7 +11,7 @@ as it is:
 Z are convolutions that are 0 at first: training begins with the model's own sounds. It minimises
 the loss that the model was trained with; only the copy and Z learn.
 
-    python -m appendix.control train --data tiny/data/train
+    python -m appendix.control train
     python -m appendix.control sample "rain" --control RECORDING.wav \\
         --controlnet runs/controlnet/model
 
@@ -53,9 +53,7 @@ def loudness(codec: latents.EncodecCodec | latents.MelCodec, stored: Tensor) -> 
     """The loudness of each frame of stored clips, as a picture [B, 1, 24, 21]: 0 is −40 dB, 1 is
     −20 dB. Computed from what is stored, so any data set has it."""
     if codec.name == "mel":  # the level of each band: no need to make a wave of it
-        steps = (codec.top_db - codec.floor_db) / 255
-        decibel = stored.float() * steps + codec.floor_db  # [B, 128, 504]
-        power = (10 ** (decibel / 10)).sum(1)  # [B, 504]
+        power = (10 ** (codec.decibel(stored) / 10)).sum(1)  # [B, 504]
     else:
         wave = codec.decode(codec.dequantize(stored))
         power = wave.unflatten(1, (latents.FRAMES, latents.HOP)).square().mean(2) + 1e-8

@@ -130,7 +130,7 @@ def generate(
     settings |= {"indices": indices, "batch_size": len(prompts), "decode": False}
     mixed = model
     if to:
-        share = torch.tensor([i % n / (n - 1) for i in indices], device=model.device)
+        share = torch.tensor([i % n / max(1, n - 1) for i in indices], device=model.device)
         mixed = replace(model, unet=Between(model, to, share))
         settings["indices"] = [i // n for i in indices]
 
