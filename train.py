@@ -43,6 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -200,6 +201,9 @@ class Denoiser:
         self.encoder = TextEncoder(
             c.text_encoder, c.max_length, c.mask, device=device, cache_bytes=2**29
         )
+        self.words = Path(c.init or "-", "words.safetensors")  # that the model has learned
+        if self.words.is_file():
+            self.encoder.add_words(load_file(self.words))
         alphas_cumprod = diffusion.SCHEDULES[c.schedule]()
         self.alphas_cumprod = diffusion.shifted(alphas_cumprod, c.schedule_shift).to(device)
         torch.manual_seed(c.seed)  # of the layers that --init doesn't bring
@@ -286,6 +290,8 @@ class Denoiser:
         if Path(c.text_encoder).is_dir():  # no hub's: then it goes with the model
             shutil.copytree(c.text_encoder, folder / "text_encoder")
             about["text_encoder"] = "text_encoder"
+        if self.words.is_file():
+            shutil.copy(self.words, folder)
         about |= {"codec": self.codec.settings(), "sample_rate": latents.SAMPLE_RATE}
         data, init = Path(c.data).name or "tiny", c.init or None
         about["trained_on"] = {"data": data, "clips": self.clips, "steps": self.step, "init": init}
@@ -500,7 +506,11 @@ def must_agree(subject: str, old: dict, new: dict, advice: str) -> None:
 
 def sha256(paths: list[Path]) -> str:
     """Of what is in these files; its beginning."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:  # a piece at a time: a large set's clips.jsonl has gigabytes
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 # ---- the command line, generated from Config -----------------------------------------------------

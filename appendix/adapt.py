@@ -38,7 +38,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +84,6 @@ class Config(train.Config):
 
 class Adapter(train.Denoiser):
     """Goes on from a model folder, and writes a copy of it with what has changed."""
-
-    def make_network(self) -> nn.Module:
-        if words := words_of(self.c.init):  # learned before
-            self.encoder.add_words(words)
-        return super().make_network()
 
     def write(self, network: nn.Module, folder: Path) -> None:
         write_model(folder, self.c.init, network)
@@ -186,13 +181,18 @@ class DreamBooth(Adapter):
     """Half of each batch are recordings, half the model's own clips. λ is for own clips that have
     kept their caption; those that lost it (caption_dropout) count in full."""
 
-    def choose(self, step: int, global_batch: int) -> np.ndarray:
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """The probability of each clip."""
         own = [self.data.record(i)["captions"] == [self.c.class_caption] for i in range(self.clips)]
         if all(own):
             raise ValueError(f"{self.data.folder}: no recording could be read, see skipped.csv")
         shares = np.where(own, 1 / max(1, sum(own)), 1 / (len(own) - sum(own)))
+        return shares / shares.sum()
+
+    def choose(self, step: int, global_batch: int) -> np.ndarray:
         rng = np.random.default_rng((self.c.seed, 0, step))
-        return rng.choice(self.clips, global_batch, p=shares / shares.sum())
+        return rng.choice(self.clips, global_batch, p=self.shares)
 
     def loss(self, network: nn.Module, captions: list[str], *rest) -> Tensor:
         losses, own = super().loss(network, captions, *rest), self.c.class_caption

@@ -164,6 +164,11 @@ def test_a_model_with_a_learned_word_learns_another(begin, tmp_path):
     learn(task, 2)
     assert equal(load_file(written(task, tmp_path / "third") / WORDS), words)
     assert torch.equal(task.encoder(captions)[0], states)
+    # And so does plain training.
+    options = ["--init", str(second), "--data", task.c.data, "--val-data", task.c.data]
+    task = train.Denoiser(train.parse_args(options), torch.device("cpu"))
+    assert torch.equal(task.encoder(captions)[0], states)
+    assert equal(load_file(written(task, tmp_path / "fourth") / WORDS), words)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
