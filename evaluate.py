@@ -209,7 +209,7 @@ def load_sound(path: Path) -> Tensor:
 
 def reconstruct(codec, path: Path) -> Tensor:
     """What the codec leaves of the first 10.08 s of a file."""
-    stored = codec.encode(latents.to_clips(load_sound(path)))
+    stored = codec.encode(latents.to_clip(load_sound(path)))
     return codec.decode(codec.dequantize(stored))[0].cpu()
 
 

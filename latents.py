@@ -33,16 +33,13 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import safetensors.torch
@@ -58,6 +55,7 @@ SAMPLE_RATE = 16_000
 HOP = 320
 FRAMES = 504
 CLIP_SAMPLES = FRAMES * HOP  # 161,280
+CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
 GRID = (24, 21)  # height, width
 
 
@@ -89,8 +87,6 @@ class LatentStats:
 
     def merge(self, other: "LatentStats") -> "LatentStats":
         """The statistics of both sets together (Chan et al., 1979)."""
-        if self.count == 0 or other.count == 0:
-            return self if other.count == 0 else other
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * other.count / count
@@ -336,14 +332,13 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """What `--precision` means, "bf16" or "fp32": "auto" is bf16 where the device has units for it.
-    A CPU without them takes bf16, too, and is slow; for a GPU it is a ValueError."""
+    """What `--precision` means, "bf16" or "fp32": "auto" is bf16 where the device has units for
+    it. Without them it is several times slower."""
     units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         units = torch.cuda.is_bf16_supported(including_emulation=False)
-    impossible = name == "bf16" and device.type == "cuda" and not units
-    if impossible or name not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision {name}: expected auto, fp32 or, with units for it, bf16")
+    if name not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision {name}: expected auto, bf16 or fp32")
     return name if name != "auto" else "bf16" if units else "fp32"
 
 
@@ -362,17 +357,18 @@ def keep_freed_memory() -> None:
 AUDIO = {f".{x.lower()}" for x in (*soundfile.available_formats(), "aif", "oga", "opus")}
 
 
-def read_audio(path: str | Path, seconds: float | None = None) -> tuple[Tensor, int]:
+def read_audio(path: str | Path, seconds: float | None = None, start=0.0) -> tuple[Tensor, int]:
     """Any file that libsndfile reads -> float32 [samples, channels], and its sample rate in Hz.
 
-    `seconds`: little more than that. FileNotFoundError; ValueError for a file that is no audio, or
-    has no samples, absurd ones or an absurd rate.
+    `seconds`: little more than that, from `start` (s). FileNotFoundError; ValueError for a file
+    that is no audio, or has no samples there, absurd ones or an absurd rate.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
+            file.seek(min(round(start * rate), file.frames))
             # A little more than wanted, so that the resampling filter doesn't hear the cut.
             frames = -1 if seconds is None else int((seconds + 0.1) * rate)
             samples = file.read(frames, dtype="float32", always_2d=True)  # [samples, channels]
@@ -393,22 +389,17 @@ def resample(wave: Tensor, rate: int, to: int = SAMPLE_RATE) -> Tensor:
     return AF.resample(wave, ratio.numerator, ratio.denominator)
 
 
-def load_audio(path: str | Path, seconds: float | None = None) -> Tensor:
+def load_audio(path: str | Path, seconds: float | None = None, start: float = 0.0) -> Tensor:
     """Any audio file -> 16 kHz mono, float32 [samples], the mean of its channels; no more than
-    these `seconds`. Errors are those of `read_audio`."""
-    samples, rate = read_audio(path, seconds)
+    these `seconds`, from `start`. Errors are those of `read_audio`."""
+    samples, rate = read_audio(path, seconds, start)
     wave = resample(samples.mean(dim=1), rate)
     return wave if seconds is None else wave[: round(seconds * SAMPLE_RATE)]
 
 
-def to_clips(wave: Tensor, several: bool = False) -> Tensor:
-    """[samples] -> [n, 161280]: the first 10.08 s, zero-padded, or all of it as `several` clips.
-
-    The last of several is padded; a rest below one second is dropped, unless there is nothing else.
-    """
-    n = max(1, (len(wave) + CLIP_SAMPLES - SAMPLE_RATE) // CLIP_SAMPLES) if several else 1
-    wave = wave[: n * CLIP_SAMPLES]
-    return F.pad(wave, (0, n * CLIP_SAMPLES - len(wave))).view(n, CLIP_SAMPLES)
+def to_clip(wave: Tensor) -> Tensor:
+    """[samples] -> [1, 161280]: cut to 10.08 s, or filled up with silence."""
+    return F.pad(wave[:CLIP_SAMPLES], (0, max(0, CLIP_SAMPLES - len(wave))))[None]
 
 
 def save_audio(path: str | Path, wave: Tensor, comment: str | None = None) -> None:
@@ -483,7 +474,7 @@ def read_table(path: str | Path, class_labels: str | Path | None = None) -> list
     """A table of clips -> records with id, captions and labels (lists), file and start (seconds) if
     known, and the table's other columns or keys.
 
-    .jsonl: a JSON object a line; .json: that, or WavCaps' object with a list of them as "data".
+    .jsonl: a JSON object a line; .json: a list of them, or WavCaps' object with one as "data".
     .csv, .tsv: with a header line. Clips are named by id, name, youtube_id, ytid, file, file_name
     or audiocap_id, or else by their caption. Captions are prompt, captions, caption, text or
     caption_1 … caption_5; labels are separated by ';'.
@@ -491,24 +482,14 @@ def read_table(path: str | Path, class_labels: str | Path | None = None) -> list
     class_labels_indices.csv.
     Several rows of one file or name become one record. ValueError names the row that is wrong.
     """
-    path, names, records, number = Path(path), {}, {}, 1
+    records, number = {}, 1  # of the row that comes next
     try:
-        if class_labels:
-            with open(class_labels, encoding="utf-8-sig", newline="") as file:
-                names = {row.get("mid"): row.get("display_name") for row in csv.DictReader(file)}
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = _rows(file, path.suffix.lower(), names)
-            while (row := next(rows, None)) is not None:
-                record = _record(row)
-                name = record.get("file") or record["id"] or number
-                first = records.setdefault(name, record | {"captions": [], "labels": []})
-                for key in ("captions", "labels"):
-                    texts = [*first[key], *(text.strip() for text in record[key])]
-                    first[key] = list(dict.fromkeys(filter(None, texts)))
-                number += 1
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{path}: can't be read as a table ({e})") from e
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        for number, record in enumerate(map(_record, _rows(Path(path), class_labels)), 2):
+            name = record.get("file") or record["id"] or number
+            first = records.setdefault(name, record | {"captions": [], "labels": []})
+            for key in ("captions", "labels"):
+                first[key] = list(dict.fromkeys(first[key] + record[key]))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as e:
         raise ValueError(f"{path}, row {number}: {e}") from e
     if not records:
         raise ValueError(f"{path}: has no rows")
@@ -517,25 +498,31 @@ def read_table(path: str | Path, class_labels: str | Path | None = None) -> list
     return list(records.values())
 
 
-def _rows(file: TextIO, suffix: str, names: dict[str, str]) -> Iterator[dict]:
-    first = file.readline()
-    file.seek(0)
-    if suffix in (".json", ".jsonl"):
+def _rows(path: Path, class_labels: str | Path | None) -> Iterator[dict]:
+    suffix, text = path.suffix.lower(), {"encoding": "utf-8-sig", "newline": ""}
+    with open(path, **text) as file:
+        first = file.readline()
+        file.seek(0)
         if suffix == ".json":
-            with suppress(ValueError, LookupError, TypeError):
-                yield from json.load(file)["data"]
-                return
-            file.seek(0)
-        yield from (json.loads(line) for line in file if line.strip())
-    elif re.match(r'#|[^,]+,\s*[\d.]+,\s*[\d.]+,\s*"?/', first):  # AudioSet's segments
-        lines = (line for line in file if line.strip() and not line.startswith("#"))
-        for ytid, start, end, mids in csv.reader(lines, skipinitialspace=True):
-            if unknown := set(mids.split(",")) - names.keys():
-                raise ValueError(f"give --class-labels class_labels_indices.csv, with {unknown}")
-            labels = [names[mid] for mid in mids.split(",")]
-            yield {"id": ytid, "start": float(start), "end": float(end), "labels": labels}
-    else:
-        yield from csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+            found = json.load(file)
+            yield from found if isinstance(found, list) else found["data"]
+        elif suffix == ".jsonl":
+            yield from (json.loads(line) for line in file if line.strip())
+        elif suffix not in (".csv", ".tsv"):
+            raise ValueError("expected a .csv, .tsv, .jsonl or .json file")
+        elif re.match(r'#|[^,]+,\s*[\d.]+,\s*[\d.]+,\s*"?/', first):  # AudioSet's segments
+            with open(class_labels or os.devnull, **text) as other:
+                names = {row["mid"]: row["display_name"] for row in csv.DictReader(other)}
+            lines = (line for line in file if line.strip() and not line.startswith("#"))
+            for ytid, start, end, mids in csv.reader(lines, skipinitialspace=True):
+                if unknown := set(mids.split(",")) - names.keys():
+                    raise ValueError(
+                        f"give --class-labels class_labels_indices.csv, with {unknown}"
+                    )
+                labels = [names[mid] for mid in mids.split(",")]
+                yield {"id": ytid, "start": float(start), "end": float(end), "labels": labels}
+        else:
+            yield from csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
 
 
 def _record(row: dict) -> dict:
@@ -543,14 +530,16 @@ def _record(row: dict) -> dict:
         raise ValueError(f"expected columns such as {', '.join(NAMES + CAPTIONS[:4])}, got {row}")
     json.dumps(row, ensure_ascii=False).encode()  # fails at half of a \ud83d\udc36
     known = {key: value for key, value in row.items() if value not in (None, "")}
-    first = [next((known[x] for x in keys if x in known), "") for keys in (NAMES, FILES, STARTS)]
-    name, file, start = map(str, first)
+    name, file, start = (str(next((known[x] for x in keys if x in known), ""))
+                         for keys in (NAMES, FILES, STARTS))  # fmt: skip
     captions = [known[key] for key in CAPTIONS if key in known]
     captions = [x for found in captions for x in ([found] if isinstance(found, str) else found)]
     labels = known.get("labels", [])
     labels = labels.split(";") if isinstance(labels, str) else labels  # "Male speech, man" is one
     record = {key: row[key] for key in row if key not in (*CAPTIONS, *FILES, *STARTS)}
-    record |= {"id": name, "captions": captions, "labels": labels}
+    record["id"] = name
+    for key, texts in (("captions", captions), ("labels", labels)):
+        record[key] = [stripped for text in texts if (stripped := text.strip())]
     return record | ({"file": file} if file else {}) | ({"start": float(start)} if start else {})
 
 
@@ -587,48 +576,49 @@ def template(labels: list[str]) -> str:
 def rows_to_encode(table, audio_folder, class_labels=None, several_clips=False) -> list[dict]:
     """A table's records, each with its file and a caption, for `encode_dataset` with `load_row`.
 
-    `several_clips`: all of a long file, not its first 10.08 s; its record then says how many clips
-    there are at most. ValueError for a record with neither caption nor labels.
+    `several_clips`: a record for each 10.08 s of a long file, less than a last second, and not for
+    the first only. ValueError for a record with neither caption nor labels.
     """
     if not Path(audio_folder).is_dir():
         raise FileNotFoundError(f"{audio_folder}: no such folder")
-    rows = read_table(table, class_labels)
-    for row, path in zip(rows, find_audio(rows, audio_folder)):
-        if not row["captions"] + row["labels"]:
-            raise ValueError(f"{table}: {row['id']} has neither a caption nor labels")
-        row["captions"] = row["captions"] or [template(row["labels"])]
-        row["file"] = os.path.relpath(path, audio_folder) if path else row.get("file", row["id"])
-        if several_clips:
-            row["several_clips"] = 1
+    rows, records = [], read_table(table, class_labels)
+    for record, path in zip(records, find_audio(records, audio_folder)):
+        if not record["captions"] + record["labels"]:
+            raise ValueError(f"{table}: {record['id']} has neither a caption nor labels")
+        record["captions"] = record["captions"] or [template(record["labels"])]
+        if path:
+            record["file"] = os.path.relpath(path, audio_folder)
+        rows.append(record)
+        if several_clips and path:
             with suppress(soundfile.LibsndfileError, TypeError):  # what can't be read is skipped
-                row["several_clips"] += int(soundfile.info(path).duration // 10)
+                n = int((soundfile.info(path).duration - 1) / CLIP_SECONDS) + 1
+                rows += [record | {"clip": k} for k in range(1, n)]
     return rows
 
 
 def load_row(row: dict, audio_folder: str | Path) -> Tensor:
-    """The clips of one of `rows_to_encode`, [n, 161280]."""
-    several = "several_clips" in row
-    seconds = None if several else CLIP_SAMPLES / SAMPLE_RATE
-    return to_clips(load_audio(Path(audio_folder, row["file"]), seconds), several)
+    """The clip of one of `rows_to_encode`, [1, 161280]."""
+    path = Path(audio_folder, row.get("file", row["id"]))
+    return to_clip(load_audio(path, CLIP_SECONDS, row.get("clip", 0) * CLIP_SECONDS))
 
 
 # ---- stored data sets ----------------------------------------------------------------------------
 #
-#   codes.npy                  the integers of all clips, [places, *stored_shape]
-#   clips.jsonl                a line a clip: {"row": its place in codes.npy, "id", "captions", …}
-#   latent_stats.safetensors   LatentStats over all clips
-#   skipped.csv                file, reason; the places of these stay empty
-#   codec.json                 the codec's settings, a hash of the table; written last
+#   codes.npy                  the integers of all clips, [rows, *stored_shape]
+#   clips.jsonl                line i is about row i of codes.npy: {"id", "captions", …}
+#   skipped.csv                file, reason of what could not be read: rows and lines left empty
+#   codec.json                 the codec's settings, and what tells whether a run may go on
+#   latent_stats.safetensors   LatentStats over all clips; written last
 #
-# Until then parts/RANK.jsonl lists what this rank has done. A batch is a function of its rows, so
-# the bytes of the whole depend neither on the number of ranks nor on interruptions.
+# Until then the file "done" has a byte for each row: 1 for a clip, 2 for a skipped one. A batch is
+# a function of its rows, so the result depends neither on the number of ranks nor on interruptions.
 
 
 def encode_dataset(
     folder: str | Path,
     codec: EncodecCodec | MelCodec,
     rows: list[dict],
-    load_clips: Callable[[dict], Tensor],
+    load: Callable[[dict], Tensor],
     *,
     batch_size: int = 16,
     workers: int = 0,
@@ -638,108 +628,98 @@ def encode_dataset(
     """Write the stored data set of `rows`, or this rank's share of it. True once it is complete.
 
     A row is a dict of JSON values with id, captions (list) and whatever else is worth keeping;
-    load_clips(row) gives its clip [1, 161280], or up to row["several_clips"] of them, in one of
-    `workers` processes. A row for which it raises ValueError or OSError is skipped.
+    load(row) gives its clip [1, 161280], in one of `workers` processes. A row for which it raises
+    ValueError or OSError is skipped.
 
     Ranks share nothing but the folder: rank r does batches r, r + world_size, …, and whoever then
-    finds all of them done joins them. Called again after a kill, it goes on after the last finished
-    batch. ValueError if it was begun with something else, or if all rows are skipped.
+    finds all rows done completes the set. Called again after a kill, it goes on after the last
+    finished batch. ValueError if it was begun with something else, or if all rows are skipped.
     """
-    folder, parts = Path(folder), Path(folder, "parts")
-    table = hashlib.sha256(b"".join(map(_line, rows))).hexdigest()
-    plan = {"codec": codec.settings(), "table": table, "batch_size": batch_size}
-    for path in (folder / "codec.json", parts / "plan.json"):
-        old = read_json(path, *plan) if path.exists() else plan
-        if wrong := [key for key in plan if old[key] != plan[key]]:
-            raise ValueError(f"{folder}: begun with another {wrong[0]}; choose another folder")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
+    about = {"codec": codec.settings(), "batch_size": batch_size}
+    about |= {"table": hashlib.sha256(b"".join(lines)).hexdigest()}
     if (folder / "codec.json").exists():
-        shutil.rmtree(parts, ignore_errors=True)
-        return True
-    parts.mkdir(parents=True, exist_ok=True)
-    write_aside(parts / "plan.json", _line(plan))
+        old = read_json(folder / "codec.json", *about)
+        if wrong := [key for key in about if old[key] != about[key]]:
+            raise ValueError(f"{folder}: begun with another {wrong[0]}; choose another folder")
+        if (folder / "latent_stats.safetensors").exists() and not (folder / "done").exists():
+            return True
+    else:
+        write_aside(folder / "codec.json", json.dumps(about).encode())
 
-    places = np.cumsum([0] + [row.get("several_clips", 1) for row in rows]).tolist()
-    done, mine = set(_finished(parts)), range(rank * batch_size, len(rows), world_size * batch_size)
-    todo = [first for first in mine if first not in done]
-    load = functools.partial(_load_batch, rows, places, load_clips, batch_size)
-    loader = DataLoader(todo, batch_size=None, collate_fn=load, num_workers=workers)
+    for name in ("codes.npy", "done", "skipped.csv"):
+        (folder / name).touch()
     clip = torch.empty(codec.stored_shape, dtype=codec.stored_dtype).numpy()
-    header = {"descr": clip.dtype.str, "fortran_order": False, "shape": (places[-1], *clip.shape)}
-    (folder / "codes.npy").touch()
-    with open(folder / "codes.npy", "r+b") as file, open(parts / f"{rank}.jsonl", "ab") as log:
-        # Each rank gives the array the same header and size. It takes no room on the disk yet.
-        np.lib.format.write_array_header_1_0(file, header)
-        start = file.tell()
-        file.truncate(start + places[-1] * clip.nbytes)
-        for part, clips in tqdm(loader, unit="batch", disable=rank > 0):
-            codes = [codec.encode(some).cpu() for some in clips.split(batch_size) if len(some)]
-            for record, code in zip(part["records"], chain.from_iterable(codes)):
-                file.seek(start + record["row"] * clip.nbytes)
-                file.write(code.numpy().tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            log.write(b"\n" + _line(part))
-            log.flush()
-    done = _finished(parts)
-    if len(done) == len(range(0, len(rows), batch_size)):  # else another rank is still at work
-        _join(folder, codec, [done[first] for first in sorted(done)], plan)
-        shutil.rmtree(parts, ignore_errors=True)
-    return (folder / "codec.json").exists()
+    header = {"descr": clip.dtype.str, "fortran_order": False, "shape": (len(rows), *clip.shape)}
+    with (
+        open(folder / "codes.npy", "r+b") as codes,
+        open(folder / "done", "r+b") as done,
+        open(folder / "skipped.csv", "a", encoding="utf-8") as skipped,
+    ):
+        # Each rank gives the files the same header and size. They take no room on the disk yet.
+        np.lib.format.write_array_header_1_0(codes, header)
+        start = codes.tell()
+        codes.truncate(start + len(rows) * clip.nbytes)
+        done.truncate(len(rows))
+        firsts, marks = range(0, len(rows), batch_size)[rank::world_size], done.read()
+        todo = [first for first in firsts if 0 in marks[first : first + batch_size]]
+        collate = functools.partial(load_batch, rows, load, batch_size)
+        loader = DataLoader(todo, batch_size=None, collate_fn=collate, num_workers=workers)
+        for first, waves, reasons in tqdm(loader, unit="batch", disable=rank > 0):
+            kept = [i for i, reason in enumerate(reasons, first) if not reason]
+            stored = codec.encode(torch.from_numpy(waves)).cpu().numpy() if kept else ()
+            for i, clip in zip(kept, stored):
+                codes.seek(start + i * clip.nbytes)
+                codes.write(clip.tobytes())
+            for row, reason in zip(rows[first:], reasons):
+                if reason:
+                    csv.writer(skipped).writerow([row.get("file", row["id"]), reason])
+            for file in (codes, skipped):
+                file.flush()
+                os.fsync(file.fileno())
+            done.seek(first)
+            done.write(bytes(2 if reason else 1 for reason in reasons))
+            done.flush()
+    if (folder / "done").exists():  # else another rank has completed it
+        marks = np.fromfile(folder / "done", np.uint8)
+        if marks.all():
+            complete(folder, codec, lines, np.flatnonzero(marks == 1))
+    return (folder / "latent_stats.safetensors").exists()
 
 
-def _line(value: dict) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
-
-
-def _load_batch(rows, places, load_clips, batch_size: int, first: int) -> tuple[dict, Tensor]:
-    """What a worker process does: the clips and records of some rows, or why there are none."""
-    records, skipped, waves = [], [], [torch.empty(0, CLIP_SAMPLES)]
-    for i in range(first, min(first + batch_size, len(rows))):
-        row, place = rows[i], places[i]
+def load_batch(rows: list[dict], load: Callable, batch_size: int, first: int) -> tuple:
+    """What a worker does: the clips of some rows, and why others have none ("": it has one). An
+    array goes through a pipe; a tensor would go through /dev/shm, which may be small."""
+    waves, reasons = [torch.empty(0, CLIP_SAMPLES)], []
+    for row in rows[first : first + batch_size]:
         try:
-            clips = load_clips(row)
-            if len(clips) > places[i + 1] - place:
-                raise ValueError(f"{len(clips)} clips, more than expected")
+            waves.append(load(row))
+            reasons.append("")
         except (ValueError, OSError) as e:
-            skipped.append([row.get("file", row["id"]), " ".join(str(e).split())])
-            continue
-        waves.append(clips)
-        for k in range(len(clips)):
-            number = {"clip": k} if len(clips) > 1 else {}
-            # "row" stands first: there LatentDataset finds it without reading the line
-            records.append({"row": 0} | row | {"row": place + k} | number)
-    return {"first": first, "records": records, "skipped": skipped}, torch.cat(waves)
+            reasons.append(" ".join(str(e).split()) or type(e).__name__)
+    return first, torch.cat(waves).numpy(), reasons
 
 
-def _finished(parts: Path) -> dict[int, dict]:
-    """The batches that any rank has listed, by their first row."""
-    done = {}
-    for path in parts.glob("*.jsonl"):
-        with suppress(FileNotFoundError):  # another rank has just joined them
-            for line in path.read_bytes().split(b"\n"):
-                with suppress(ValueError):  # torn by a kill
-                    part = json.loads(line)
-                    done[part["first"]] = part
-    return done
-
-
-def _join(folder: Path, codec, parts: list[dict], plan: dict) -> None:
-    """Make the data set's other files of all batches' records, and of the array."""
-    records, skipped = ([x for part in parts for x in part[key]] for key in ("records", "skipped"))
-    report = io.StringIO()
-    csv.writer(report, lineterminator="\n").writerows([["file", "reason"], *skipped])
-    write_aside(folder / "skipped.csv", report.getvalue().encode())
-    if not records:
-        first = ": ".join(skipped[0]) if skipped else "there are none"
-        raise ValueError(f"{folder}: all rows were skipped ({first}); delete it to try again")
-    write_aside(folder / "clips.jsonl", b"".join(map(_line, records)))
-    stats, codes = LatentStats(torch.zeros(0), torch.zeros(0)), np.load(folder / "codes.npy", "r")
-    for i in range(0, len(records), 64):  # so many whatever the batch size
-        stored = torch.from_numpy(codes[[record["row"] for record in records[i : i + 64]]])
-        stats = stats.merge(LatentStats.of(codec.dequantize(stored)))
-    stats.save(folder / "latent_stats.safetensors")
-    about = plan | {"clips": len(records), "skipped": len(skipped)}
-    write_aside(folder / "codec.json", _line(about))
+def complete(folder: Path, codec, lines: list[bytes], kept: np.ndarray) -> None:
+    """Write the files about all clips; `kept` are the rows that hold one."""
+    report = sorted(set((folder / "skipped.csv").read_text("utf-8").splitlines()))
+    report = "".join(line + "\n" for line in report if line != "file,reason")
+    write_aside(folder / "skipped.csv", f"file,reason\n{report}".encode())
+    if len(kept) == 0:
+        raise ValueError(
+            f"{folder}: all rows were skipped, see skipped.csv; delete it to try again"
+        )
+    there = set(kept.tolist())
+    texts = (line if i in there else b"\n" for i, line in enumerate(lines))
+    write_aside(folder / "clips.jsonl", b"".join(texts))
+    codes = np.load(folder / "codes.npy", "r")
+    batches = (codes[kept[i : i + 64]] for i in range(0, len(kept), 64))  # whatever the batch size
+    stats = (LatentStats.of(codec.dequantize(torch.from_numpy(batch))) for batch in batches)
+    functools.reduce(LatentStats.merge, stats).save(folder / "latent_stats.safetensors")
+    for left in (*folder.glob(".*.tmp"), folder / "done"):  # by kills; and by this
+        left.unlink(missing_ok=True)
 
 
 class LatentDataset:
@@ -751,11 +731,10 @@ class LatentDataset:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / "codec.json").exists():
-            old, begun = (self.folder / name for name in ("dataset.json", "parts"))
-            what = "of an older version, encode it anew" if old.exists() else "no stored data set"
-            what = "unfinished, run what made it again" if begun.exists() else what
-            raise FileNotFoundError(f"{folder}: {what} (there is no codec.json)")
+        if not (self.folder / "latent_stats.safetensors").exists():
+            begun = (self.folder / "codec.json").exists()
+            what = "unfinished, run what made it again" if begun else "no stored data set"
+            raise FileNotFoundError(f"{folder}: {what} (there is no latent_stats.safetensors)")
         self.codec = read_json(self.folder / "codec.json", "codec")["codec"]
         self.stats = LatentStats.load(self.folder / "latent_stats.safetensors")
         try:
@@ -766,22 +745,15 @@ class LatentDataset:
         pieces = range(0, len(self.text), 2**26)  # of 64 MB
         ends = [i + 1 + np.flatnonzero(self.text[i : i + 2**26] == ord("\n")) for i in pieces]
         self.lines = np.concatenate([[0], *ends])  # line i is text[lines[i]:lines[i + 1]]
-        # Where clip i is in codes.npy: the digits with which its line begins, after {"row":
-        self.rows, at = np.zeros(len(self), np.int64), self.lines[:-1] + 7
-        number = np.ones(len(self), bool)
-        while number.any():  # a digit of all lines at a time
-            at += 1
-            digits = self.text.take(at, mode="clip") - np.uint8(ord("0"))  # unsigned
-            number &= digits < 10
-            self.rows = np.where(number, 10 * self.rows + digits, self.rows)
-        if (np.diff(self.rows, prepend=-1, append=len(self.codes)) < 1).any():
-            raise ValueError(f"{folder}/clips.jsonl: damaged, its lines' rows must rise")
+        if len(self.lines) != len(self.codes) + 1:
+            raise ValueError(f"{folder}: damaged, {len(self.codes)} rows, {len(self.lines)} lines")
+        self.rows = np.flatnonzero(np.diff(self.lines) > 1)  # where clip i is; skipped are empty
 
     def __reduce__(self):  # on its way to a worker process: opened again there
         return LatentDataset, (self.folder,)
 
     def __len__(self) -> int:
-        return len(self.lines) - 1
+        return len(self.rows)
 
     def stored(self, indices: Sequence[int]) -> Tensor:
         """The stored integers of these clips, in this order: [B, *codec.stored_shape]."""
@@ -791,9 +763,10 @@ class LatentDataset:
         return torch.from_numpy(codes)
 
     def record(self, i: int) -> dict:
-        """Clip i's record: row, id, captions, and whatever else its row had."""
+        """What the table says of clip i: id, captions, and whatever else."""
+        row = self.rows[i]
         try:
-            record = json.loads(self.text[self.lines[i] : self.lines[i + 1]].tobytes())
+            record = json.loads(self.text[self.lines[row] : self.lines[row + 1]].tobytes())
             if {type(caption) for caption in record["captions"]} != {str}:
                 raise ValueError("no captions")
             return record
@@ -833,8 +806,8 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
         options |= {"rank": int(os.environ.get("RANK", 0))}
         options |= {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
         if encode_dataset(args.out, codec, rows, load, **options):
-            clips, skipped = map(read_json(args.out / "codec.json").get, ("clips", "skipped"))
-            print(f"{args.out}: {clips} clips; {skipped} rows skipped, see skipped.csv")
+            n = len(LatentDataset(args.out))
+            print(f"{args.out}: {n} clips; {len(rows) - n} rows skipped, see skipped.csv")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

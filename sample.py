@@ -48,6 +48,9 @@ from unet import UNet
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 SAMPLERS = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.ddpm}
 SETTINGS = ("seed", "steps", "guidance", "sampler", "negative", "strength", "precision")
+# What model.json says, by the names that train.py has for it (and beside that its codec)
+MODEL_SETTINGS = ("text_encoder", "max_length", "mask", "prediction", "schedule", "schedule_shift")
+MODEL_SETTINGS += ("guidance", "denoising_steps")
 
 
 @dataclass
@@ -66,13 +69,22 @@ class Model:
 
     def latent(self, wave: Tensor) -> Tensor:
         """A recording [samples], 16 kHz, cut or padded to 10.08 s -> its x_0 [1, C, 24, 21]."""
-        stored = self.codec.encode(latents.to_clips(wave).to(self.device))
+        stored = self.codec.encode(latents.to_clip(wave).to(self.device))
         return self.codec.to_grid(self.stats.normalize(self.codec.dequantize(stored)))
 
     def wave(self, x_0: Tensor) -> Tensor:
         """x_0 [B, C, 24, 21] -> waves [B, 161280] on the CPU: for each row of the 24, 6,720."""
         z = self.stats.denormalize(self.codec.to_sequence(x_0))  # [B, C, 504]
         return self.codec.decode(z).float().cpu()
+
+
+def read_settings(folder: str | Path) -> dict:
+    """MODEL_SETTINGS and codec of a model folder, with the hub id of its text encoder or the path
+    of the one that it holds."""
+    about = latents.read_json(Path(folder, "model.json"), "codec", *MODEL_SETTINGS)
+    if (own := Path(folder, str(about["text_encoder"]))).is_dir():
+        about["text_encoder"] = str(own.resolve())
+    return {key: about[key] for key in ("codec", *MODEL_SETTINGS)}
 
 
 def load_model(
@@ -84,13 +96,10 @@ def load_model(
     """
     folder, device = Path(folder).resolve(), latents.pick_device(device)
     latents.keep_freed_memory()
-    about = {"schedule_shift": 1.0, "guidance": 6.5, "steps": 45}  # of older folders
-    keys = ("text_encoder", "max_length", "mask", "codec", "schedule", "prediction")
-    about |= latents.read_json(folder / "model.json", *keys)
+    about = read_settings(folder)
     try:
-        name = about["text_encoder"]  # a hub's, or the folder's own
-        name = str(folder / name) if (folder / name).is_dir() else name
-        encoder = TextEncoder(name, about["max_length"], about["mask"], device=device)
+        size = about["max_length"], about["mask"]
+        encoder = TextEncoder(about["text_encoder"], *size, device=device)
         if (folder / "words.safetensors").is_file():  # learned by textual inversion
             encoder.add_words(load_file(folder / "words.safetensors"))
         codec = latents.load_codec(about["codec"], device, encodec_weights)
@@ -98,7 +107,7 @@ def load_model(
         alphas_cumprod = diffusion.SCHEDULES[about["schedule"]]()
         alphas_cumprod = diffusion.shifted(alphas_cumprod, about["schedule_shift"]).to(device)
         unet = UNet.from_pretrained(folder / "unet").eval()
-        rest = about["prediction"], float(about["guidance"]), int(about["steps"])
+        rest = about["prediction"], float(about["guidance"]), int(about["denoising_steps"])
     except (LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"{folder}: damaged, or its parts don't fit together ({e!r:.80})") from e
     unet.to(device, memory_format=torch.channels_last)

@@ -52,6 +52,7 @@ import diffusion
 import latents
 from captions import MASKS, TextEncoder
 from latents import GRID, LatentDataset, LatentStats, load_codec, write_aside
+from sample import MODEL_SETTINGS, read_settings
 from unet import UNet, UNetConfig, load_config
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -122,9 +123,6 @@ PAPER |= {"warmup_steps": 1000, "gradient_checkpointing": True, "checkpoint_ever
 PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
 STORED = ("codec.json", "latent_stats.safetensors", "clips.jsonl")  # what tells data sets apart
-# What a model folder says of itself, by the names of Config (and beside that its codec).
-SETTINGS = ("text_encoder", "max_length", "mask", "prediction", "schedule", "schedule_shift")
-SETTINGS += ("guidance", "denoising_steps")
 # What may differ when a run goes on; everything else is part of what is being computed. (So are the
 # global batch and the data, compared as such.)
 MAY_CHANGE = set(
@@ -192,11 +190,8 @@ class Denoiser:
         self.shape = (self.codec.channels, *GRID)
         self.stats = self.data.stats
         if is_model(c.init):
-            # It goes on with what it was trained with, its normalisation included.
-            theirs, mine = read_settings(c.init), asdict(c) | {"codec": self.data.codec}
-            mine = {key: mine[key] for key in theirs if key not in MAY_CHANGE}
-            advice = f"give the same, or --init {c.init}/unet for its U-Net alone"
-            must_agree(f"{c.init} has", theirs, mine, advice)
+            if read_settings(c.init)["codec"] != self.data.codec:
+                raise ValueError(f"{c.init} knows latents of another codec than {data} has")
             self.stats = LatentStats.load(Path(c.init, "latent_stats.safetensors"))
         self.encoder = TextEncoder(
             c.text_encoder, c.max_length, c.mask, device=device, cache_bytes=2**29
@@ -283,8 +278,7 @@ class Denoiser:
 
     def write(self, network: nn.Module, folder: Path) -> None:
         """A model folder, all that sample.py needs; `network` is its U-Net."""
-        c, about = self.c, {key: getattr(self.c, key) for key in SETTINGS}
-        about["steps"] = about.pop("denoising_steps")
+        c, about = self.c, {key: getattr(self.c, key) for key in MODEL_SETTINGS}
         network.save_pretrained(folder / "unet")
         self.stats.save(folder / "latent_stats.safetensors")
         if Path(c.text_encoder).is_dir():  # no hub's: then it goes with the model
@@ -311,17 +305,6 @@ def compose_tiny() -> None:
 
 def is_model(folder: str | None) -> bool:
     return bool(folder) and Path(folder, "model.json").is_file()
-
-
-def read_settings(folder: str | Path) -> dict:
-    """What a model folder says of itself: SETTINGS and codec. The hub id of its text encoder, or
-    the path of the one that it holds."""
-    about = {"schedule_shift": 1.0, "guidance": 6.5, "steps": 45}  # of older folders
-    about |= latents.read_json(Path(folder, "model.json"), "codec", *SETTINGS[:5])
-    about["denoising_steps"] = about.pop("steps")
-    if (own := Path(folder, about["text_encoder"])).is_dir():
-        about["text_encoder"] = str(own.resolve())
-    return {key: about[key] for key in ("codec", *SETTINGS)}
 
 
 # ---- the loop ------------------------------------------------------------------------------------

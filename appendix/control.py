@@ -209,7 +209,7 @@ def add_control(model: sample.Model, folder: str | Path, wave: Tensor) -> sample
     if net.config != model.unet.config:
         raise ValueError(f"{folder}: the ControlNet of another U-Net")
     net.eval().to(model.device, memory_format=torch.channels_last)
-    stored = model.codec.encode(latents.to_clips(wave).to(model.device))
+    stored = model.codec.encode(latents.to_clip(wave).to(model.device))
     picture = loudness(model.codec, stored)  # [1, 1, 24, 21]
     return replace(model, unet=Controlled(model.unet, net, picture))
 

@@ -54,7 +54,7 @@ class Job:
     name: str
     main: Callable[[], None] | None  # of the script; None: train.py under torchrun
     arguments: list[str]  # but for --out
-    watched: str  # files in --out that grow, or become more
+    watched: str  # files in --out that change, or become more
     writing: tuple[str, ...]  # files that exist while something is being written
     compare: Callable[[Path, Path], None]  # AssertionError where they differ
     ranks: int = 1
@@ -98,7 +98,8 @@ def compare_runs(one: Path, other: Path) -> None:
 
 
 def compare_data_sets(one: Path, other: Path) -> None:
-    assert contents(one) == contents(other), "the data sets differ"
+    a, b = map(contents, (one, other))
+    assert a == b, f"the data sets differ: {[k for k in {*a, *b} if a.get(k) != b.get(k)]}"
     data = latents.LatentDataset(one)
     ids = [data.record(i)["id"] for i in range(len(data))]
     assert len(set(ids)) == len(ids) > 0, "records are repeated"
@@ -161,7 +162,8 @@ def moment(job: Job, out: Path, rng: random.Random) -> Callable[[], bool]:
     """A function that says when a random moment to kill has come."""
 
     def size() -> list:
-        return [(path.name, path.stat().st_size) for path in sorted(out.glob(job.watched))]
+        stats = [(path.name, path.stat()) for path in sorted(out.glob(job.watched))]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     kind = rng.choice(["start", *["output"] * 2, *["writing"] * 3])
     kind = kind if job.writing or kind == "start" else "output"
@@ -269,8 +271,7 @@ def make_jobs(folder: Path, kills: int, ranks: list[int]) -> list[Job]:
 
     encode = ["encode", str(folder / "sounds"), str(table), "--codec", "mel", "--workers", "1"]
     encode += ["--batch-size", "2", "--device", "cpu"]
-    writing = (".*.tmp", "parts/.*.tmp")
-    encode = Job("encode", latents.main, encode, "parts/*.jsonl", writing, compare_data_sets)
+    encode = Job("encode", latents.main, encode, "done", (".*.tmp",), compare_data_sets)
     finish(encode, folder / "encode whole")  # the training data, too
     make_models = replace(encode, name="models", main=models)
     finish(make_models, folder / "models")

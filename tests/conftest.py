@@ -74,7 +74,8 @@ def save_model(folder):
     stats.save(folder / "latent_stats.safetensors")
     about = {"text_encoder": str(folder.parent / "bert"), "max_length": 32}
     about |= {"mask": "cross-attention", "codec": MelCodec().settings(), "sample_rate": 16_000}
-    about |= {"schedule": "cosine", "prediction": "v", "trained_on": None}
+    about |= {"schedule": "cosine", "schedule_shift": 1.0, "prediction": "v", "guidance": 6.5}
+    about |= {"denoising_steps": 45, "trained_on": None}
     (folder / "model.json").write_text(json.dumps(about))
 
 

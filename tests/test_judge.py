@@ -109,7 +109,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys, one_thread):
     monkeypatch.setitem(evaluate.embed.__wrapped__.__kwdefaults__, "cache", tmp_path / "cache")
     save_model(tmp_path / "model")
     about = json.loads((tmp_path / "model" / "model.json").read_text())
-    about = json.dumps(about | {"steps": 2, "guidance": 1.0})
+    about = json.dumps(about | {"denoising_steps": 2, "guidance": 1.0})
     (tmp_path / "model" / "model.json").write_text(about)
     tagger = Cnn14(len(recordings.names), (4, 4, 4, 4, 4, 8), recordings.names)
     tagger.save(tmp_path / "tagger.safetensors")

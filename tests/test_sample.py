@@ -243,7 +243,7 @@ def test_a_folder_says_its_guidance_and_steps(folders, here):
     old = load_model(folders / "v")
     assert (old.guidance, old.steps) == (6.5, 45)
     shutil.copytree(folders / "v", here / "model")
-    edit(here / "model", guidance=3.0, steps=4)
+    edit(here / "model", guidance=3.0, denoising_steps=4)
     sample.main(["dog", "--model", "model"])
     sample.main(["dog", "--model", "model", "--guidance", "2", "--steps", "5"])
     found = [comment(here / name) for name in ("dog.wav", "dog-2.wav")]

@@ -123,7 +123,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 def loudness_of(codec, wave: Tensor) -> Tensor:
     """[504] of a wave [samples]: what a ControlNet is shown."""
-    stored = codec.encode(latents.to_clips(wave).to(codec.device))
+    stored = codec.encode(latents.to_clip(wave).to(codec.device))
     return codec.to_sequence(control.loudness(codec, stored))[0, 0].cpu()
 
 
@@ -173,7 +173,7 @@ def picture(path: Path, folders: dict[str, Path]) -> None:
     figure, axes = plt.subplots(rows, 3, figsize=(9, 1.3 * rows), layout="constrained")
     for line, (name, folder) in zip(axes.reshape(rows, 3), folders.items(), strict=True):
         for axis, file in zip(line, sorted(folder.glob("*.wav")), strict=False):
-            stored = codec.encode(latents.to_clips(latents.load_audio(file)))
+            stored = codec.encode(latents.to_clip(latents.load_audio(file)))
             level = codec.decibel(stored)[0].numpy()
             axis.imshow(level, origin="lower", aspect="auto", vmin=-75, vmax=-15)
             axis.set(xticks=[], yticks=[])

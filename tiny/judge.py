@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
-from latents import FRAMES, GRID, MelCodec, load_audio, read_json, save_audio, to_clips, write_aside
+from latents import FRAMES, GRID, MelCodec, load_audio, read_json, save_audio, to_clip, write_aside
 from sample import generate, load_model
 from tiny.compose import HERE, Recordings, compose_scene, draw_layers, draw_scenes
 from train import must_agree
@@ -120,7 +120,7 @@ def seams_and_loudness(folder: Path) -> dict[str, float]:
     for path in paths:
         with soundfile.SoundFile(path) as file:
             peaks.append(json.loads(file.comment or "{}").get("peak", 0.0))
-    waves = torch.cat([to_clips(load_audio(path)) for path in paths])  # [clips, 161280]
+    waves = torch.cat([to_clip(load_audio(path)) for path in paths])  # [clips, 161280]
     decibel = torch.cat([codec.decibel(codec.encode(batch)) for batch in waves.split(16)])
     peaks = torch.tensor(peaks)
     waves *= (peaks / 0.99).clamp(min=1)[:, None]
