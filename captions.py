@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from latents import pick_device, read_table, template, write_aside
+from latents import natural, number, pick_device, positive, read_table, template, write_aside
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -424,12 +424,22 @@ def options_for(description: str, steps: dict) -> argparse.ArgumentParser:
     add("--class-labels", help="AudioSet's class_labels_indices.csv, for its segment files")
     add("--llm", default=SMOLLM2, help="hub id, folder, or either's FILE.gguf [%(default)s]")
     add("--quantize", choices=("int8", "int4"), help="the LLM's weights, by bitsandbytes")
-    add("--shots", type=int, default=10, help="solved examples in a prompt, at most [10]")
-    add("--temperature", type=float, default=0.0, help="of the LLM; 0: greedy [0]")
-    add("--seed", type=int, default=0, help="of what the LLM draws [0]")
+    add("--shots", type=natural, default=10, help="solved examples in a prompt, at most [10]")
+    add("--temperature", type=number(float, 0), default=0.0, help="of the LLM; 0: greedy [0]")
+    add("--seed", type=natural, default=0, help="of what the LLM draws [0]")
     add("--score", choices=("llm", "t5", "bert"), default="bert", help="what filter reads [bert]")
-    add("--threshold", type=float, default=0.3, help="a lower score fails the filter [0.3]")
-    add("--batch-size", type=int, default=16, help="records at a time: what a kill loses [16]")
+    add(
+        "--threshold",
+        type=number(float, 0, 1),
+        default=0.3,
+        help="a lower score fails [0.3]",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        default=16,
+        help="records at a time: what a kill loses [16]",
+    )
     add("--device", help="cpu or cuda [cuda where there is one]")
     return parser
 

@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,8 +46,6 @@ import latents
 from latents import CLIP_SAMPLES, SAMPLE_RATE, write_aside
 
 CLASSIFIER = Path(__file__).resolve().parent / "tiny" / "classifier.safetensors"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "audio-journey"
-FORMATS = "wav flac mp3 ogg oga opus aif aiff au caf w64 m4a mp4 aac webm".split()
 SHORTEST = 32_000  # samples; shorter sounds are zero-padded
 
 
@@ -219,7 +218,7 @@ def file_sha256(path: str | Path) -> str:
 
 def sounds_of(folder: str | Path, clips: list[dict] | None = None) -> dict[str, Path]:
     """The audio files of a folder by name, without suffix; of `clips` (a table's), by id."""
-    found = sorted(x for x in Path(folder).glob("[!.]*.*") if x.suffix[1:].lower() in FORMATS)
+    found = sorted(x for x in Path(folder).glob("[!.]*.*") if x.suffix.lower() in latents.AUDIO)
     paths = {path.stem: path for path in found}
     if clips:
         paths = {clip["id"]: path for clip, path in zip(clips, latents.find_audio(clips, folder))}
@@ -230,39 +229,28 @@ def sounds_of(folder: str | Path, clips: list[dict] | None = None) -> dict[str, 
 
 
 @torch.no_grad()
-def embed(sounds: dict, network, tag: str, *, cache: Path | None = CACHE, title="") -> Features:
-    """network(wave [1, samples]) -> [1, D] of every sound; under torchrun, a share on each rank.
-
-    sounds: name -> function that loads it: 16 kHz, [samples]. Each is computed by itself, and kept
-    in `cache` by `tag` (the network and its weights) and its samples; names play no part.
-    """
+def embed(sounds: dict[str, Callable], network: Callable, title: str = "") -> Features:
+    """network(wave [1, samples]) -> [1, D] of every sound, each computed by itself; under torchrun,
+    a share on each rank. sounds: name -> function that loads it: 16 kHz, [samples]."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     names, found = sorted(sounds), {}  # found: name -> values [D], silent or not
     for name in tqdm(names[rank::ranks], desc=title, leave=False, disable=rank > 0 or None):
-        wave = sounds[name]().contiguous()
-        key = hashlib.sha256(tag.encode() + wave.numpy().tobytes()).hexdigest()
-        path = cache and Path(cache, f"{key}.float32")
-        if path and path.exists():
-            values = np.fromfile(path, np.float32)
-        else:
-            values = network(wave[None])[0].float().cpu().numpy()
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_aside(path, values.tobytes())
-        found[name] = values, bool((wave - wave.mean()).abs().max() < 1e-4)
+        wave = sounds[name]()
+        silent = bool((wave - wave.mean()).abs().max() < 1e-4)
+        found[name] = network(wave[None])[0].float().cpu(), silent
     if ranks > 1:
         shares = [None] * ranks
         dist.all_gather_object(shares, found)
         found = {name: row for share in shares for name, row in share.items()}
-    values = torch.from_numpy(np.stack([found[name][0] for name in names]))
+    values = torch.stack([found[name][0] for name in names])
     return Features(names, values, [name for name in names if found[name][1]])
 
 
-def hear(sounds: dict, classifier: Cnn14, **options) -> Features:
+def hear(sounds: dict[str, Callable], classifier: Cnn14, title: str = "") -> Features:
     """`embed` by a classifier: its embedding and its logits, side by side."""
-    tag, device = f"cnn14 {classifier.sha256} {file_sha256(__file__)}", classifier.mel.device
+    device = classifier.mel.device
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return embed(sounds, lambda x: torch.cat(classifier(x.to(device)), 1), tag, **options)
+        return embed(sounds, lambda wave: torch.cat(classifier(wave.to(device)), 1), title)
 
 
 def in_common(sets: dict[str, dict[str, Path]]) -> tuple[dict[str, dict[str, Path]], dict]:
@@ -335,7 +323,7 @@ def run(args: argparse.Namespace) -> None:
         sounds["noise"] = dict(zip(names, white))
 
     # Every rank takes a share of the sounds; one of them does the sums.
-    heard = {k: hear(group, classifier, cache=args.cache, title=k) for k, group in sounds.items()}
+    heard = {k: hear(group, classifier, k) for k, group in sounds.items()}
     if int(os.environ.get("RANK", 0)) > 0:
         return
     width, reference, generated = classifier.widths[-1], heard.pop("reference"), heard["generated"]
@@ -379,7 +367,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--codec", choices=("encodec", "mel"), help="also OTHER, else the reference, through it")
     add("--encodec-weights", help="EnCodec's weights")
     add("--out", type=Path, help="folder for metrics.json [the generated one]")
-    add("--cache", type=Path, default=CACHE, help=f"folder of features, by content [{CACHE}]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     try:
         run(parser.parse_args(arguments))

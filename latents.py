@@ -30,6 +30,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -342,6 +343,22 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name if name != "auto" else "bf16" if units else "fp32"
 
 
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """What argparse takes as a type: an int or float from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:  # nor NaN
+            raise argparse.ArgumentTypeError(f"{text}: expected {low:g} to {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+natural, positive = number(int, 0), number(int, 1)
+
+
 def keep_freed_memory() -> None:
     """From here on, large blocks that are freed stay with this process, and serve its main thread
     again. glibc gives them back to the system, which clears each page when they are asked for
@@ -475,9 +492,9 @@ def read_table(path: str | Path, class_labels: str | Path | None = None) -> list
     known, and the table's other columns or keys.
 
     .jsonl: a JSON object a line; .json: a list of them, or WavCaps' object with one as "data".
-    .csv, .tsv: with a header line. Clips are named by id, name, youtube_id, ytid, file, file_name
-    or audiocap_id, or else by their caption. Captions are prompt, captions, caption, text or
-    caption_1 … caption_5; labels are separated by ';'.
+    .txt: a caption a line. .csv, .tsv: with a header line. Clips are named by id, name, youtube_id,
+    ytid, file, file_name or audiocap_id, or else by their caption. Captions are prompt, captions,
+    caption, text or caption_1 … caption_5; labels are separated by ';'.
     AudioSet's segments ("# YTID, start_seconds, …"): labels by `class_labels`, the path of
     class_labels_indices.csv.
     Several rows of one file or name become one record. ValueError names the row that is wrong.
@@ -508,8 +525,10 @@ def _rows(path: Path, class_labels: str | Path | None) -> Iterator[dict]:
             yield from found if isinstance(found, list) else found["data"]
         elif suffix == ".jsonl":
             yield from (json.loads(line) for line in file if line.strip())
+        elif suffix == ".txt":
+            yield from ({"caption": line} for line in file if line.strip())
         elif suffix not in (".csv", ".tsv"):
-            raise ValueError("expected a .csv, .tsv, .jsonl or .json file")
+            raise ValueError("expected a .csv, .tsv, .jsonl, .json or .txt file")
         elif re.match(r'#|[^,]+,\s*[\d.]+,\s*[\d.]+,\s*"?/', first):  # AudioSet's segments
             with open(class_labels or os.devnull, **text) as other:
                 names = {row["mid"]: row["display_name"] for row in csv.DictReader(other)}
@@ -792,8 +811,13 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
     add("--codec", choices=["encodec", "mel"], default="encodec", help="default: encodec")
     add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
     add("--several-clips", action="store_true", help="all of a long file, not its first 10.08 s")
-    add("--batch-size", type=int, default=16, help="clips encoded at a time (default: 16)")
-    add("--workers", type=int, default=2, help="processes that load audio (default: 2)")
+    add(
+        "--batch-size",
+        type=positive,
+        default=16,
+        help="clips encoded at a time (default: 16)",
+    )
+    add("--workers", type=natural, default=2, help="processes that load audio (default: 2)")
     add("--device", help="default: cuda (under torchrun, one GPU a rank) if there is one, else cpu")
     add("--encodec-weights", type=Path, help="encodec_24khz-d7cc33bc.th, or its folder")
     args = parser.parse_args()

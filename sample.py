@@ -43,6 +43,7 @@ from tqdm import tqdm
 import diffusion
 import latents
 from captions import TextEncoder
+from latents import natural, number, positive
 from unet import UNet
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
@@ -202,16 +203,20 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     prompts.add_argument("--prompts", type=Path, help="or a file: .txt, a line each, or a table")
     add("--model", type=Path, default=TINY, help="model folder [tiny/model]")
     add("--out", type=Path, default=Path("."), help="folder, or a .wav for a single sound [.]")
-    add("-n", type=int, default=1, help="sounds for each prompt [1]")
-    add("--seed", type=int, default=0, help="same seed, same noise [0]")
-    add("--steps", type=int, help="denoising steps; below 10 too few for pure noise [the model's]")
-    add("--guidance", type=float, help="the scale s: how closely to follow the prompt, at the cost "
-        "of variety; 1 is no guidance [the model's]")  # fmt: skip
+    add("-n", type=positive, default=1, help="sounds for each prompt [1]")
+    add("--seed", type=natural, default=0, help="same seed, same noise [0]")
+    add("--steps", type=number(int, 1, 1000), help="denoising steps; at least 10 [the model's]")
+    add("--guidance", type=number(float, 0), help="the scale s; 1 is none [the model's]")
     add("--sampler", choices=SAMPLERS, default="pndm", help="[pndm]")
     add("--negative", default="", help="prompt to lead away from")
     add("--init-audio", type=Path, help="recording to start from (image-to-image)")
-    add("--strength", type=float, default=0.8, help="how far from it: 1 forgets it [0.8]")
-    add("--batch-size", type=int, default=8, help="sounds at a time [8]")
+    add(
+        "--strength",
+        type=number(float, 0, 1),
+        default=0.8,
+        help="how far from it [0.8]",
+    )
+    add("--batch-size", type=positive, default=8, help="sounds at a time [8]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the U-Net [auto]")
     add("--encodec-weights", help="EnCodec's weights, for models that decode with it")
@@ -221,15 +226,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def plan(args: argparse.Namespace) -> tuple[list[str], list[Path]]:
     """The prompt and the file of each sound."""
     pairs = [(latents.safe_name(prompt), prompt) for prompt in args.prompt]
-    if args.prompts and args.prompts.suffix.lower() == ".txt":
-        lines = map(str.strip, args.prompts.read_text(encoding="utf-8-sig").split("\n"))
-        pairs = [(latents.safe_name(line), line) for line in lines if line]
-    elif args.prompts:
+    if args.prompts:
         clips = [clip for clip in latents.read_table(args.prompts) if clip["captions"]]
         pairs = [(latents.safe_name(clip["id"], given=True), clip["captions"][0]) for clip in clips]
     if not pairs:
         raise ValueError(f"{args.prompts}: no prompts in it")
     folder, files = args.out, {}
+    if folder.suffix.lower() in latents.AUDIO - {".wav"}:
+        raise ValueError(f"{folder}: sounds are written as .wav")
     if folder.suffix.lower() == ".wav":
         folder, pairs = folder.parent, [(folder.stem, prompt) for _, prompt in pairs]
     folder.mkdir(parents=True, exist_ok=True)

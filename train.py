@@ -122,7 +122,7 @@ PAPER |= {"schedule_shift": 1.0, "steps": 60_000, "batch_size": 192, "lr": 2.56e
 PAPER |= {"warmup_steps": 1000, "gradient_checkpointing": True, "checkpoint_every": 1000}
 PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
-STORED = ("codec.json", "latent_stats.safetensors", "clips.jsonl")  # what tells data sets apart
+STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells data sets apart
 # What may differ when a run goes on; everything else is part of what is being computed. (So are the
 # global batch and the data, compared as such.)
 MAY_CHANGE = set(
@@ -294,7 +294,7 @@ class Denoiser:
 
 def compose_tiny() -> None:
     """Make the tiny data sets, once a machine; other ranks wait."""
-    done = all((TINY / "data" / split / "codec.json").is_file() for split in ("train", "test"))
+    done = all((TINY / "data" / split / STORED[0]).is_file() for split in ("train", "test"))
     if not done and os.environ.get("LOCAL_RANK", "0") == "0":
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         command = [sys.executable, "-m", "tiny.compose"]
@@ -510,8 +510,12 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="[tiny | paper]")
     for f in fields(Config):
         kind = type(f.default)
-        how = {"type": numbers if kind is tuple else kind, "choices": f.metadata["choices"]}
-        if kind is bool:
+        how = {"type": kind, "choices": f.metadata["choices"]}
+        if kind in (int, float):
+            how["type"] = latents.number(kind, f.metadata["low"], f.metadata["high"])
+        elif kind is tuple:
+            how["type"] = lambda text: tuple(map(int, text.split(",")))  # "128,192" -> (128, 192)
+        elif kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         defaults = dict.fromkeys(str(getattr(preset, f.name)) for preset in PRESETS.values())
         text = f"{f.metadata['help']} [{' | '.join(defaults)}]"
@@ -521,19 +525,10 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     if is_model(given.get("init")):
         values |= {k: v for k, v in read_settings(given["init"]).items() if k in values}
     values |= given
-    for f in fields(Config):
-        low, high, value = f.metadata["low"], f.metadata["high"], values[f.name]
-        if isinstance(value, int | float) and not low <= value <= high:
-            parser.error(f"--{f.name.replace('_', '-')} {value}: expected {low:g} to {high:g}")
     for name in ("data", "val_data", "init", "text_encoder"):
         if values[name] and Path(values[name]).exists():  # else a hub id
             values[name] = str(Path(values[name]).resolve())  # from anywhere, and ./x is x
     return Config(**values)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """ "128,192" -> (128, 192)"""
-    return tuple(int(x) for x in text.split(","))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -119,7 +119,7 @@ def hear(waves: Tensor, tagger: evaluate.Cnn14) -> evaluate.Features:
     """As evaluate.py hears a file."""
     waves = waves - waves.mean(1, keepdim=True)
     sounds = {f"{i:04d}": lambda wave=wave: wave for i, wave in enumerate(waves)}
-    return evaluate.hear(sounds, tagger, cache=None)
+    return evaluate.hear(sounds, tagger)
 
 
 def varies(codec: Variant) -> float:
