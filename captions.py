@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from latents import natural, number, pick_device, positive, read_table, template, write_aside
+from latents import lock, natural, number, pick_device, positive, read_table, template, write_aside
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -399,6 +399,7 @@ def process(c: Options, steps: dict) -> Path:
     batches = [records[i : i + c.batch_size] for i in range(0, len(records), c.batch_size)]
     batches = batches[len(batches) * rank // ranks : len(batches) * (rank + 1) // ranks]
     with open(path, "a+b") as file:
+        lock(file)
         file.seek(0)
         lines = [len(line) for line in file if line.endswith(b"\n")]
         ends = [0, *accumulate(map(len, batches))]  # lines after each batch

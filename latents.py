@@ -41,6 +41,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import safetensors.torch
@@ -371,31 +372,54 @@ def keep_freed_memory() -> None:
 
 # ---- files ---------------------------------------------------------------------------------------
 
-AUDIO = {f".{x.lower()}" for x in (*soundfile.available_formats(), "aif", "oga", "opus")}
+FORMATS = "wav,w64,aiff,au,caf,flac,mp3,ogg,mov,matroska,aac"  # FFmpeg's names of what we read
+AUDIO = set(".wav .w64 .aif .aiff .au .caf .flac .mp3 .ogg .oga .opus .mp4 .m4a .webm .aac".split())
 
 
-def read_audio(path: str | Path, seconds: float | None = None, start=0.0) -> tuple[Tensor, int]:
-    """Any file that libsndfile reads -> float32 [samples, channels], and its sample rate in Hz.
+def read_audio(path: str | Path, seconds: float = math.inf) -> tuple[Tensor, int]:
+    """An audio or video file -> float32 [samples, channels], and its sample rate in Hz: all of it
+    or, if that is longer, little more than these `seconds`.
 
-    `seconds`: little more than that, from `start` (s). FileNotFoundError; ValueError for a file
-    that is no audio, or has no samples there, absurd ones or an absurd rate.
+    It is decoded to its end, whatever its header says about its length. FileNotFoundError;
+    ValueError for a file that is no audio, is damaged, or has no samples or absurd ones.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    import av  # FFmpeg's libraries; sampling from a prompt doesn't need them
+
+    pieces, rate, samples = [], 0, 0
     try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            file.seek(min(round(start * rate), file.frames))
-            # A little more than wanted, so that the resampling filter doesn't hear the cut.
-            frames = -1 if seconds is None else int((seconds + 0.1) * rate)
-            samples = file.read(frames, dtype="float32", always_2d=True)  # [samples, channels]
-    except (soundfile.LibsndfileError, MemoryError, TypeError) as e:  # TypeError: a .raw file
+        # No playlists: these could name other files.
+        with av.open(str(path), options={"format_whitelist": FORMATS}) as file:
+            planar = av.AudioResampler("fltp")
+            for frame in file.decode(file.streams.audio[0]):
+                rate = rate or frame.sample_rate
+                pieces += [torch.from_numpy(x.to_ndarray()) for x in planar.resample(frame)]
+                samples += frame.samples
+                # A little more than wanted, so that the resampling filter doesn't hear the cut.
+                if samples > (seconds + 0.1) * rate:
+                    break
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{path}: no such file") from e
+    except (av.FFmpegError, LookupError, ValueError, OSError) as e:
         raise ValueError(f"{path}: can't be read as audio ({e})") from e
-    if len(samples) == 0 or not 1_000 <= rate <= 768_000:
-        raise ValueError(f"{path}: {len(samples)} samples at {rate} Hz can't be used")
-    if not -1e15 < samples.min() <= samples.max() < 1e15:  # false for NaN, too
+    wave = torch.cat(pieces, dim=1).T if pieces else torch.empty(0, 1)  # [samples, channels]
+    if len(wave) == 0 or not 1_000 <= rate <= 768_000:
+        raise ValueError(f"{path}: {len(wave)} samples at {rate} Hz can't be used")
+    if not -1e15 < wave.min() <= wave.max() < 1e15:  # false for NaN, too
         raise ValueError(f"{path}: has samples that are NaN, infinite or above 1e15")
-    return torch.from_numpy(samples), rate
+    return wave, rate
+
+
+def duration(path: str | Path) -> float:
+    """Seconds of sound in a file: the sum of its packets', since headers only guess."""
+    import av
+
+    try:
+        with av.open(str(path), options={"format_whitelist": FORMATS}) as file:
+            stream = file.streams.audio[0]
+            ticks = sum(packet.duration or 0 for packet in file.demux(stream))
+            return float(ticks * stream.time_base)
+    except (av.FFmpegError, LookupError) as e:
+        raise ValueError(f"{path}: can't be read as audio ({e})") from e
 
 
 def resample(wave: Tensor, rate: int, to: int = SAMPLE_RATE) -> Tensor:
@@ -406,12 +430,15 @@ def resample(wave: Tensor, rate: int, to: int = SAMPLE_RATE) -> Tensor:
     return AF.resample(wave, ratio.numerator, ratio.denominator)
 
 
-def load_audio(path: str | Path, seconds: float | None = None, start: float = 0.0) -> Tensor:
-    """Any audio file -> 16 kHz mono, float32 [samples], the mean of its channels; no more than
-    these `seconds`, from `start`. Errors are those of `read_audio`."""
-    samples, rate = read_audio(path, seconds, start)
-    wave = resample(samples.mean(dim=1), rate)
-    return wave if seconds is None else wave[: round(seconds * SAMPLE_RATE)]
+def load_audio(path: str | Path, seconds: float = math.inf) -> Tensor:
+    """Any audio file -> 16 kHz mono, float32 [samples], no more than these `seconds`: the mean of
+    its channels, or the first, where opposite phases cancel. Errors are those of `read_audio`."""
+    samples, rate = read_audio(path, seconds)
+    mono = samples.mean(dim=1)
+    if mono.square().mean() < 1e-3 * samples.square().mean():  # 30 dB
+        mono = samples[:, 0]
+    wave = resample(mono, rate)
+    return wave[: round(min(seconds * SAMPLE_RATE, len(wave)))]
 
 
 def to_clip(wave: Tensor) -> Tensor:
@@ -455,6 +482,19 @@ def write_aside(path: str | Path, data: bytes | Callable) -> None:
         aside.unlink(missing_ok=True)
 
 
+def lock(file: IO, place: int = 0) -> None:
+    """Keep others away from this place of an open file, until this process closes it or dies.
+    OSError if somebody else is there: two of the same command would spoil each other's work."""
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except ImportError:  # on Windows
+        pass
+    except OSError as e:
+        raise OSError(f"{file.name}: another command is writing there") from e
+
+
 def read_json(path: Path, *keys: str) -> dict:
     """A JSON object that has these keys; ValueError for anything else."""
     try:
@@ -471,7 +511,7 @@ def safe_name(text: str, given: bool = False) -> str:
     are none. One that was `given` keeps its case, dots and hyphens: YouTube's ids need them."""
     if given:
         name = re.sub(r"[^\w.-]+", "_", re.split(r"[/\\]", text)[-1]).lstrip(".")
-        name = re.sub(r"\.(wav|flac|ogg|mp3|m4a)$", "", name, flags=re.I)
+        name = Path(name).stem if Path(name).suffix.lower() in AUDIO else name
     else:
         name = re.sub(r"[\W_]+", "_", text.lower()).strip("_")
         name = name.encode()[:60].decode(errors="ignore").rstrip("_")
@@ -609,16 +649,22 @@ def rows_to_encode(table, audio_folder, class_labels=None, several_clips=False) 
             record["file"] = os.path.relpath(path, audio_folder)
         rows.append(record)
         if several_clips and path:
-            with suppress(soundfile.LibsndfileError, TypeError):  # what can't be read is skipped
-                n = int((soundfile.info(path).duration - 1) / CLIP_SECONDS) + 1
+            with suppress(ValueError):  # what can't be read is skipped
+                n = int((duration(path) - 1) / CLIP_SECONDS) + 1
                 rows += [record | {"clip": k} for k in range(1, n)]
     return rows
 
 
 def load_row(row: dict, audio_folder: str | Path) -> Tensor:
     """The clip of one of `rows_to_encode`, [1, 161280]."""
-    path = Path(audio_folder, row.get("file", row["id"]))
-    return to_clip(load_audio(path, CLIP_SECONDS, row.get("clip", 0) * CLIP_SECONDS))
+    path, first = Path(audio_folder, row.get("file", row["id"])), row.get("clip", 0) * CLIP_SAMPLES
+    wave = load_whole(path)[first:] if first else load_audio(path, CLIP_SECONDS)
+    if len(wave) == 0:
+        raise ValueError(f"{path}: ends before clip {row['clip']}")
+    return to_clip(wave)
+
+
+load_whole = functools.lru_cache(1)(load_audio)  # its clips follow one another
 
 
 # ---- stored data sets ----------------------------------------------------------------------------
@@ -629,8 +675,8 @@ def load_row(row: dict, audio_folder: str | Path) -> Tensor:
 #   codec.json                 the codec's settings, and what tells whether a run may go on
 #   latent_stats.safetensors   LatentStats over all clips; written last
 #
-# Until then the file "done" has a byte for each row: 1 for a clip, 2 for a skipped one. A batch is
-# a function of its rows, so the result depends neither on the number of ranks nor on interruptions.
+# Until then the file "done" has a byte for each row: 1 for a clip, 3 for a silent one, 2 for none.
+# A batch is a function of its rows: the result depends on neither ranks nor interruptions.
 
 
 def encode_dataset(
@@ -677,6 +723,7 @@ def encode_dataset(
         open(folder / "done", "r+b") as done,
         open(folder / "skipped.csv", "a", encoding="utf-8") as skipped,
     ):
+        lock(done, rank)
         # Each rank gives the files the same header and size. They take no room on the disk yet.
         np.lib.format.write_array_header_1_0(codes, header)
         start = codes.tell()
@@ -686,39 +733,40 @@ def encode_dataset(
         todo = [first for first in firsts if 0 in marks[first : first + batch_size]]
         collate = functools.partial(load_batch, rows, load, batch_size)
         loader = DataLoader(todo, batch_size=None, collate_fn=collate, num_workers=workers)
-        for first, waves, reasons in tqdm(loader, unit="batch", disable=rank > 0):
-            kept = [i for i, reason in enumerate(reasons, first) if not reason]
+        for first, waves, batch, reasons in tqdm(loader, unit="batch", disable=rank > 0):
+            kept = [i for i, mark in enumerate(batch, first) if mark != 2]
             stored = codec.encode(torch.from_numpy(waves)).cpu().numpy() if kept else ()
             for i, clip in zip(kept, stored):
                 codes.seek(start + i * clip.nbytes)
                 codes.write(clip.tobytes())
-            for row, reason in zip(rows[first:], reasons):
-                if reason:
-                    csv.writer(skipped).writerow([row.get("file", row["id"]), reason])
+            csv.writer(skipped).writerows(reasons)
             for file in (codes, skipped):
                 file.flush()
                 os.fsync(file.fileno())
             done.seek(first)
-            done.write(bytes(2 if reason else 1 for reason in reasons))
+            done.write(bytes(batch))
             done.flush()
     if (folder / "done").exists():  # else another rank has completed it
         marks = np.fromfile(folder / "done", np.uint8)
         if marks.all():
-            complete(folder, codec, lines, np.flatnonzero(marks == 1))
+            complete(folder, codec, lines, np.flatnonzero(marks != 2))
+            if silent := (marks == 3).sum():
+                print(f"{folder}: {silent} clips are silent")
     return (folder / "latent_stats.safetensors").exists()
 
 
 def load_batch(rows: list[dict], load: Callable, batch_size: int, first: int) -> tuple:
-    """What a worker does: the clips of some rows, and why others have none ("": it has one). An
-    array goes through a pipe; a tensor would go through /dev/shm, which may be small."""
-    waves, reasons = [torch.empty(0, CLIP_SAMPLES)], []
+    """What a worker does: the clips of some rows, their marks in "done", and what was skipped. (An
+    array goes through a pipe; a tensor would go through /dev/shm, which may be small.)"""
+    waves, marks, skipped = [torch.empty(0, CLIP_SAMPLES)], [], []
     for row in rows[first : first + batch_size]:
         try:
             waves.append(load(row))
-            reasons.append("")
+            marks.append(1 if waves[-1].abs().max() > 1e-4 else 3)
         except (ValueError, OSError) as e:
-            reasons.append(" ".join(str(e).split()) or type(e).__name__)
-    return first, torch.cat(waves).numpy(), reasons
+            marks.append(2)
+            skipped.append([row.get("file", row["id"]), " ".join(str(e).split())])
+    return first, torch.cat(waves).numpy(), marks, skipped
 
 
 def complete(folder: Path, codec, lines: list[bytes], kept: np.ndarray) -> None:
@@ -832,7 +880,7 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
         if encode_dataset(args.out, codec, rows, load, **options):
             n = len(LatentDataset(args.out))
             print(f"{args.out}: {n} clips; {len(rows) - n} rows skipped, see skipped.csv")
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: a worker that died
         sys.exit(f"error: {e}")
 
 

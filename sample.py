@@ -154,6 +154,8 @@ def generate(
     bf16 = latents.pick_precision(precision, device) == "bf16"
     if isinstance(prompts, str) or not 0 < len(prompts) == len(indices):
         raise ValueError(f"expected a list of prompts, as long as indices, not {prompts!r:.60}")
+    if negative and guidance == 1:
+        raise ValueError("a negative prompt does nothing at guidance 1, where it isn't asked for")
     timesteps, start = diffusion.timestep_sequence(len(alphas_cumprod), steps), None
     if init_audio is not None and strength < 1:
         timesteps = timesteps[-max(1, round(strength * steps)) :]
@@ -265,7 +267,7 @@ def run(
     which is like `generate`, with these keys of its settings."""
     warnings.showwarning = lambda text, *_: tqdm.write(f"warning: {text}", file=sys.stderr)
     prompts, paths = plan(args)
-    init_audio = latents.load_audio(args.init_audio, 10.08) if args.init_audio else None
+    init_audio = args.init_audio and latents.load_audio(args.init_audio, latents.CLIP_SECONDS)
     model = load_model(args.model, args.device, args.encodec_weights)
     args.steps = model.steps if args.steps is None else args.steps
     args.guidance = model.guidance if args.guidance is None else args.guidance

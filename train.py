@@ -38,6 +38,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -348,7 +349,7 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
 
 def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
     """Train what `kind` is, from the run's newest checkpoint on. Returns the model folder."""
-    parent, out, log = os.getppid(), Path(c.out), Path(c.out, "log.jsonl")
+    parent, out = os.getppid(), Path(c.out)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = latents.pick_device(c.device)
     latents.keep_freed_memory()
@@ -383,15 +384,16 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
         if set(every) != {mine}:
             raise ValueError("ranks differ in settings, data or checkpoints: make them the same")
     if rank == 0:
-        if not c.resume and out.exists():
-            aside = out.rename(f"{out}-{datetime.now():%Y%m%d-%H%M%S}")
-            print(f"the old run is now {aside}")
-        out.mkdir(parents=True, exist_ok=True)
+        old = not c.resume and out.exists()
+        file = open_log(out)
+        if old:
+            print(f"the old run is now {out.rename(f'{out}-{datetime.now():%Y%m%d-%H%M%S}')}")
+            file = open_log(out)
         for torn in (*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp")):  # by a kill
             torn.unlink()
         (out / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
-        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-        write_aside(log, b"".join(lines[: task.step]))  # a line a step; the last may be torn
+        lines = file.readlines()
+        file.truncate(sum(map(len, lines[: task.step])))  # a line a step; the last may be torn
         size = sum(p.numel() for p in network.parameters())
         print(f"{out}: {size:,} parameters, {task.clips:,} clips, {global_batch} a step; "
               f"{task.step} of {c.steps} steps are done")  # fmt: skip
@@ -430,8 +432,8 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
                 entry |= task.validate(ema, rank, ranks)
             if rank > 0:
                 continue
-            with open(log, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            file.write((json.dumps(entry) + "\n").encode())
+            file.flush()
             bar.update()
             bar.set_postfix(loss=f"{entry['loss']:.3f}", lr=f"{entry['lr']:.1e}", refresh=False)
             if "val_loss" in entry:
@@ -443,6 +445,15 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
 
 
 # ---- what stays on disk --------------------------------------------------------------------------
+
+
+def open_log(out: Path) -> IO:
+    """RUN/log.jsonl, at its beginning; OSError if another command is writing it."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "log.jsonl", "a+b")
+    latents.lock(file)
+    file.seek(0)
+    return file
 
 
 def save(task: Denoiser, out: Path, about: dict, parts: dict) -> None:

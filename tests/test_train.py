@@ -10,9 +10,11 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -354,6 +356,23 @@ def test_no_resume_sets_the_old_run_aside(cut, small):
     assert files(aside) == before and checkpoints(cut) == [1]
 
 
+@pytest.mark.parametrize("more", [[], ["--no-resume"]])
+def test_a_second_command_is_refused(more, cut, small):
+    """And leaves the first one's run as it is."""
+    before, (ready, say) = files(cut), os.pipe()
+    if (pid := os.fork()) == 0:
+        held = train.open_log(cut)
+        os.write(say, b"ready")
+        time.sleep(60 + held.tell())
+    os.read(ready, 5)
+    try:
+        fails([*small, *EIGHT, *more, "--out", str(cut)], "log.jsonl: another command is writing")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert files(cut) == before and len(list(cut.parent.iterdir())) == 1
+
+
 def test_resume_in_another_layout(cut, whole, small):
     """As from a GPU to a CPU: AdamW's moments are to lie in memory as the weights do."""
     state = checkpoint(cut, 6)
@@ -598,10 +617,10 @@ def test_the_papers_values():
 @pytest.mark.parametrize(
     "options, parts",
     [
-        ("--steps 0", ["--steps 0: expected 1 to inf"]),
+        ("--steps 0", ["argument --steps: 0: expected 1 to inf"]),
         ("--mask some", ["argument --mask: invalid choice: 'some' (choose from "]),
-        ("--caption-dropout 2", ["--caption-dropout 2.0: expected 0 to 1"]),
-        ("--lr nan", ["--lr nan: expected 0 to inf"]),
+        ("--caption-dropout 2", ["argument --caption-dropout: 2: expected 0 to 1"]),
+        ("--lr nan", ["argument --lr: nan: expected 0 to inf"]),
         ("--attention yes,no", ["--attention"]),
         ("--stpes 3", ["unrecognized arguments"]),
         ("--val-clips 100", ["error on rank 0", "all clips are held out", "--val-clips"]),
