@@ -218,11 +218,14 @@ def file_sha256(path: str | Path) -> str:
 
 def sounds_of(folder: str | Path, clips: list[dict] | None = None) -> dict[str, Path]:
     """The audio files of a folder by name, without suffix; of `clips` (a table's), by id."""
+    if clips:
+        pairs = zip(clips, latents.find_audio(clips, folder))
+        paths = {clip["id"]: path for clip, path in pairs if path}
+        if not paths:
+            raise ValueError(f"{folder}: none of the table's clips, such as {clips[0]['id']}.wav")
+        return paths
     found = sorted(x for x in Path(folder).glob("[!.]*.*") if x.suffix.lower() in latents.AUDIO)
     paths = {path.stem: path for path in found}
-    if clips:
-        paths = {clip["id"]: path for clip, path in zip(clips, latents.find_audio(clips, folder))}
-        found = paths = {i: path for i, path in paths.items() if path}
     if not found or len(paths) < len(found):
         raise ValueError(f"{folder}: {len(found)} audio files of {len(paths)} names")
     return paths
