@@ -18,7 +18,7 @@ with its options and its checkpoints (the same command goes on):
     python -m appendix.adapt lora --audio FOLDER --caption "a kazoo" --rank 8
     python -m appendix.adapt dreambooth --audio FOLDER --token sks --word dog [--rank 8]
 
-    RUN/model/  the result    RUN/data/  the recordings, stored    RUN/prior/  the model's own clips
+    RUN/model/  the result    RUN/data/  the recordings, stored, and DreamBooth's own clips
 
 A result is a model folder like any other: a copy of the one that was adapted, with other weights or
 with more words (words.safetensors). LoRA's changes are merged into the weights, and are beside them
@@ -36,15 +36,10 @@ import json
 import os
 import re
 import shutil
-import sys
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import safetensors
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -52,6 +47,7 @@ from torch import Tensor, nn
 import latents
 import sample
 import train
+from appendix import make_parser, one_line_errors, read_tensors
 from captions import TextEncoder
 from evaluate import sounds_of
 from unet import WEIGHTS, UNet
@@ -62,10 +58,10 @@ TEMPLATES = ("The sound of {}", "{}", "a recording of {}", "{} can be heard")
 # Where to begin; what a method needs depends on model and recordings. A new word changes nothing
 # where there is no caption.
 METHODS = {
-    "textual-inversion": "--steps 1000 --lr 5e-3 --batch-size 4 --weight-decay 0 "
-    "--caption-dropout 0",
-    "lora": "--steps 1000 --lr 5e-4 --batch-size 4",
-    "dreambooth": "--steps 400 --lr 5e-5 --batch-size 4",
+    "textual-inversion": "--steps 1000 --warmup-steps 50 --batch-size 4 --lr 5e-3 "
+    "--weight-decay 0 --caption-dropout 0",
+    "lora": "--steps 1000 --warmup-steps 50 --batch-size 4 --lr 5e-4",
+    "dreambooth": "--steps 400 --warmup-steps 20 --batch-size 4 --lr 5e-5",
 }
 
 
@@ -144,55 +140,36 @@ class TextualInversion(Beside):
         write_model(folder, self.c.init, words=words, encoder=self.encoder)
 
 
-class LowRank(nn.Module):
-    """A [rank, in] and B [out, rank] for each of some linear layers; gives every B·A."""
-
-    def __init__(self, layers: list[nn.Linear], rank: int):
-        super().__init__()
-        # Random as the weights of a linear layer are; with B = 0, the product begins as 0.
-        self.A = nn.ParameterList(nn.Linear(x.in_features, rank).weight for x in layers)
-        self.B = nn.ParameterList(torch.zeros(x.out_features, rank) for x in layers)
-
-    def forward(self) -> list[Tensor]:
-        return [B @ A for A, B in zip(self.A, self.B, strict=True)]
-
-
 class LoRA(Beside):
-    def make_part(self) -> LowRank:
-        ends = ("to_q", "to_k", "to_v", "to_out.0")
+    """A [rank, in] and B [out, rank] for each of the attentions' linear layers."""
+
+    def make_part(self) -> nn.ModuleList:
+        ends, rank = ("to_q", "to_k", "to_v", "to_out.0"), self.c.rank
         self.layers = {k: x for k, x in self.unet.named_modules() if k.endswith(ends)}
-        return LowRank([*self.layers.values()], self.c.rank)
+        sizes = [x.weight.shape for x in self.layers.values()]
+        A = [nn.Linear(inputs, rank, bias=False) for _, inputs in sizes]
+        B = [nn.Linear(rank, outputs, bias=False) for outputs, _ in sizes]
+        for layer in B:
+            nn.init.zeros_(layer.weight)  # so that training begins with the model itself
+        return nn.ModuleList(map(nn.Sequential, A, B))
 
     def changes(self, network: nn.Module) -> list[Tensor]:
-        return network()
+        return [B.weight @ A.weight for A, B in network]
 
-    def write(self, network: LowRank, folder: Path) -> None:
+    def write(self, network: nn.Module, folder: Path) -> None:
         """And the file that diffusers' `load_lora_weights` and peft read: scale 1, α = rank."""
         tensors, unet = {}, UNet.from_pretrained(self.c.init)
-        for name, A, B in zip(self.layers, network.A, network.B, strict=True):
-            tensors[f"unet.{name}.lora_A.weight"] = A.detach().cpu()
-            tensors[f"unet.{name}.lora_B.weight"] = B.detach().cpu()
+        for name, (A, B) in zip(self.layers, network, strict=True):
+            tensors[f"unet.{name}.lora_A.weight"] = A.weight.detach().cpu()
+            tensors[f"unet.{name}.lora_B.weight"] = B.weight.detach().cpu()
         save_file(tensors, folder / LORA, {"format": "pt"})
         add_lora(unet, folder / LORA)
         super().write(unet, folder)
 
 
 class DreamBooth(Adapter):
-    """Half of each batch are recordings, half the model's own clips. λ is for own clips that have
-    kept their caption; those that lost it (caption_dropout) count in full."""
-
-    @cached_property
-    def shares(self) -> np.ndarray:
-        """The probability of each clip."""
-        own = [self.data.record(i)["captions"] == [self.c.class_caption] for i in range(self.clips)]
-        if all(own):
-            raise ValueError(f"{self.data.folder}: no recording could be read, see skipped.csv")
-        shares = np.where(own, 1 / max(1, sum(own)), 1 / (len(own) - sum(own)))
-        return shares / shares.sum()
-
-    def choose(self, step: int, global_batch: int) -> np.ndarray:
-        rng = np.random.default_rng((self.c.seed, 0, step))
-        return rng.choice(self.clips, global_batch, p=self.shares)
+    """λ is for own clips that have kept their caption; those that lost it (caption_dropout) count
+    in full."""
 
     def loss(self, network: nn.Module, captions: list[str], *rest) -> Tensor:
         losses, own = super().loss(network, captions, *rest), self.c.class_caption
@@ -215,23 +192,13 @@ def read_recordings(args: argparse.Namespace) -> list[dict]:
     return [{"id": x, "file": path.name, "captions": [args.caption]} for x, path in sounds]
 
 
-def make_own_clips(args: argparse.Namespace, c: train.Config, caption: str) -> list[dict]:
-    """The model's own clips of the class, in RUN/prior; made where they are missing."""
+def own_clips(args: argparse.Namespace, c: train.Config, caption: str) -> list[dict]:
+    """A record for each of the model's own clips of the class, which are made as they are stored:
+    with other settings they are another data set."""
     files = [args.model / name for name in ("model.json", f"unet/{WEIGHTS}.safetensors")]
-    options = {"seed": c.seed, "steps": args.prior_steps, "precision": c.precision}
-    about = json.dumps([train.sha256(files), caption, options])  # other settings, other files
-    name = hashlib.sha256(about.encode()).hexdigest()[:8]
-    paths = [args.out / "prior" / f"{name}-{i:04d}.wav" for i in range(args.prior_clips)]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    if missing:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        print(f"{args.out}/prior: {len(missing)} clips of {caption!r}, made by the model")
-        model = sample.load_model(args.model, c.device or None, c.encodec_weights or None)
-    for i in missing:  # one by one: then a clip doesn't depend on which others were missing
-        wave = sample.generate(model, [caption], indices=[i], progress=True, **options)
-        latents.save_audio(paths[i], wave[0])
-    own = {"captions": [caption]}
-    return [{"id": path.stem, "file": str(path.resolve())} | own for path in paths]
+    made = {"seed": c.seed, "steps": c.denoising_steps, "precision": c.precision}
+    row = {"captions": [caption], "made": made | {"model": train.sha256(files)}}
+    return [{"id": f"own-{i:04d}", "number": i} | row for i in range(args.prior_clips)]
 
 
 def prepare(args: argparse.Namespace, rest: list[str]) -> tuple[Config, type[Adapter]]:
@@ -243,14 +210,12 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> tuple[Config, type[Ada
     options += ["--val-data", data] if args.audio else []
     c = train.parse_args([*METHODS[args.method].split(), *rest, *map(str, options)])
     more = {"rank": args.rank}
-    if not any(option.startswith("--warmup-steps") for option in rest):
-        c = replace(c, warmup_steps=c.steps // 20)
     if args.data:
         return Config(**vars(c), **more), LoRA
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("torchrun: only with --data; without, one process is enough")
 
-    records, kind = read_recordings(args), LoRA
+    records, kind, model = read_recordings(args), LoRA, None
     if args.method == "textual-inversion":
         kind, more["words"] = TextualInversion, {}
         for record in records:
@@ -264,10 +229,20 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> tuple[Config, type[Ada
         kind, caption = DreamBoothLoRA if args.rank else DreamBooth, f"The sound of {args.word}"
         for record in records:
             record["captions"] = [f"The sound of {args.token} {args.word}"]
-        records += make_own_clips(args, c, caption)
+        # Recordings are repeated: half of all clips are theirs, half the model's own.
+        records *= max(1, args.prior_clips // max(1, len(records)))
+        records += own_clips(args, c, caption)
         more |= {"class_caption": caption, "prior_weight": args.prior_weight}
+        if not (data / "codec.json").is_file():
+            model = sample.load_model(args.model, c.device or None, c.encodec_weights or None)
+
+    def load(row: dict) -> Tensor:
+        if "number" not in row:
+            return latents.load_row(row, args.audio)
+        options = {key: row["made"][key] for key in ("seed", "steps", "precision")}
+        return sample.generate(model, row["captions"], indices=[row["number"]], **options)
+
     codec = latents.load_codec(codec, latents.pick_device(c.device), c.encodec_weights or None)
-    load = partial(latents.load_row, audio_folder=args.audio)
     latents.encode_dataset(data, codec, records, load)
     if skipped := len(records) - len(latents.LatentDataset(data)):
         print(f"{data}: {skipped} of {len(records)} recordings were skipped, see skipped.csv")
@@ -299,15 +274,6 @@ def table_hash(encoder: TextEncoder) -> str:
     table = encoder.model.get_input_embeddings().weight[: encoder.tokenizer.vocab_size]
     table = table.detach().bfloat16().view(torch.int16).cpu().numpy()
     return hashlib.sha256(table.tobytes()).hexdigest()
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file and its metadata; ValueError for any other."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except safetensors.SafetensorError as e:
-        raise ValueError(f"{path}: damaged, or no safetensors file ({e})") from e
 
 
 @torch.no_grad()
@@ -363,26 +329,25 @@ def file_and_scale(text: str) -> tuple[Path, float]:
 
 def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and those left for train.py's `parse_args`."""
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="method", required=True)
     for method in (*METHODS, "merge"):
-        learns, out = method in METHODS, Path("runs", method)
-        more = f"and train.py's options: [{METHODS[method]}]" if learns else ""
-        command = commands.add_parser(method, epilog=more, **style)
+        out = Path("runs", method)
+        more = f"and train.py's options: [{METHODS.get(method)}]" if method in METHODS else ""
+        command = commands.add_parser(method, epilog=more, allow_abbrev=False)
         command.set_defaults(data=None, caption="", rank=0)
         add = command.add_argument
         add("--model", type=Path, default=sample.TINY, help="model folder [tiny/model]")
         add("--out", type=Path, default=out, help=f"folder [{out}]")
-        if learns:
+        if method in METHODS:
             source = command.add_mutually_exclusive_group(required=True)
             source.add_argument("--audio", type=Path, help="recordings; 10.08 s of each")
             add("--table", type=Path, help="their captions and labels, as for latents.py encode")
         if method == "textual-inversion":
             which = command.add_mutually_exclusive_group(required=True)
             which.add_argument("--token", help='the new word, such as "<kazoo>"')
-            which.add_argument("--each-label", action="store_true", help="or one for each label of "
-                "the table: <dog> for Dog (P2, appendix E)")  # fmt: skip
+            each = "or one for each label of the table: <dog> for Dog (P2, appendix E)"
+            which.add_argument("--each-label", action="store_true", help=each)
             add("--word", default="sound", help="known words to begin from, as: trumpet [sound]")
         elif method == "lora":
             source.add_argument("--data", type=Path, help="or a stored data set, with captions")
@@ -393,7 +358,6 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
             add("--word", required=True, help="what class of sound it is, such as: dog")
             add("--prior-clips", type=int, default=64, help="the model's own, of the class [64]")
             add("--prior-weight", type=float, default=1.0, help="the λ of their loss [1]")
-            add("--prior-steps", type=int, help="denoising steps for them [the model's]")
             add("--rank", type=int, default=0, help="of LoRA's matrices [0: all weights]")
         else:
             add("--lora", type=file_and_scale, nargs="+", default=[], metavar="FILE[:SCALE]")
@@ -410,15 +374,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
 
 def main(arguments: list[str] | None = None) -> None:
     args, rest = parse_args(arguments)
-    try:
+    with one_line_errors("the same command goes on from the last checkpoint"):
         print(merge(args) if args.method == "merge" else train.train(*prepare(args, rest)))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command goes on from the last checkpoint")
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        sys.exit(f"error: {e}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,19 @@
 """What generated clips are worth when a tagger is trained (P2, appendix E, equation 1, table A11).
 
-Of each of N real clips X_i there are M generated versions X̃_ij; a clip of a batch is
+Of each of N real clips X_i (default: of the scenes of tiny/) there are M generated versions X̃_ij,
+in one of two ways (KIND):
+
+    plain       "The sound of [LIST]" of 1 to 3 classes by chance, from noise
+    inversion   "The sound of [LIST]" of a real clip's own classes, for each of which a word was
+                learned by textual inversion (adapt.py), by image-to-image from that clip's latent:
+                    x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε,   t at the share `strength` of the steps
+
+P2 finds the first suboptimal: from pure noise it trades the accuracy of a class for diversity. How
+far x_0 is noised the papers don't say; 0.5 here. A clip of a tagger's batch is
 
     i ~ U{1 … N},  j ~ U{1 … M}:     X_i with probability 1 − α, otherwise X̃_ij            (1)
 
-An image-to-image clip of appendix/generated.py (KIND inversion) is a version of the real clip that
-it began from. A plain one is a version of none: "otherwise" is then any of them. The columns (SET):
+A plain clip is a version of no real one: "otherwise" is then any of them. The columns (SET):
 
     only        generated clips alone, one for each real one: α = 1           P2: AS-20kG
     real        real clips alone: α = 0                                       AS-20k
@@ -19,22 +27,21 @@ the taggers of `real` tell, each kind for itself, by the average precision on th
 tested on.
 
     python -m appendix.augment                                 the table, on scenes of tiny/
+    python -m appendix.augment --clips-only                    OUT/real, OUT/plain, OUT/inversion
     python -m appendix.augment --kinds plain --sets +1 --taggers cnn14:8 --seeds 0     one tagger
     python -m appendix.augment --audio AUDIO --table segments.csv --class-labels labels.csv \\
         --test FEATURES --per-class 0 --model runs/paper/model --taggers taltrans:512 ast:768
 
-Words, clips and taggers that are in OUT already are not made again. OUT/table.json is of the last
-command; each tagger's own scores.json stays.
+Clips are stored data sets (latents.py) of log-mel frames: OUT/real, and OUT/KIND, which has these
+and after them the generated ones. Words, clips and taggers that are in OUT aren't made again.
 """
 
 import argparse
+import functools
 import itertools
-import json
-import shutil
 import statistics
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +50,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import latents
+import sample
 import train
-from appendix import classify, generated
-from appendix.classify import balanced, labels_of, markdown, mean_and_std, open_features, targets_of
+from appendix import adapt, classify, make_parser, markdown, one_line_errors, write_json
+from appendix.ablations import train_once
+from appendix.classify import LogMelCodec, balanced, labels_of, open_features
 from evaluate import file_sha256
-from latents import LatentDataset
+from latents import LatentDataset, template
+from train import TINY
+from unet import WEIGHTS
 
+KINDS = ("plain", "inversion")
+GROUP = 8  # plain clips generated at a time
 SETS = {  # generated clips for each real one, α (None: --alpha), are the worst classes amplified?
     "only": (1, 1.0, False),
     "real": (0, 0.0, False),
@@ -57,18 +70,133 @@ SETS = {  # generated clips for each real one, α (None: --alpha), are the worst
     "real-worst": (0, 0.0, True),
     "+1-worst": (1, None, True),
 }
-RECIPES = {"mx+sp": {}, "none": {"mixup": 0.0, "time_mask": 0, "mel_mask": 0}}
 LOOP = "--steps 300 --batch-size 16"  # and a tenth of the steps are warm-up
 
 
 @dataclass(frozen=True)
 class Config(classify.Config):
-    kind: str = ""  # of the generated clips
+    kind: str = ""  # of the generated clips, if there are any
     times: int = 0  # generated clips for each real one: M
     alpha: float = 0.0  # probability of a generated clip
     amplified: list[str] = field(default_factory=list)  # classes drawn `factor` times as often
     factor: float = 1.0
-    tables: dict[str, str] = field(default_factory=dict)  # data set -> hash of its clips
+    tables: list[str] = field(default_factory=list)  # hashes of the data sets' clips
+
+
+# ---- real clips ----------------------------------------------------------------------------------
+
+
+def balanced_subset(rows: list[dict], per_class: int) -> list[dict]:
+    """Each row, in order, that has a label of which there aren't `per_class` yet (0: all that have
+    a label). As in AudioSet's balanced set, frequent classes come out with more."""
+    counts, chosen = Counter(), []
+    for row in rows:
+        if any(counts[label] < (per_class or len(rows)) for label in row["labels"]):
+            counts.update(row["labels"])
+            chosen.append(row)
+    return chosen
+
+
+def tiny_clips(folder: Path, per_class: int) -> list[dict]:
+    """A balanced subset of tiny/'s training scenes, written as WAVs where they are missing."""
+    from tiny.compose import CLIPS, Recordings, draw_scenes
+    from tiny.judge import write_scenes
+
+    recordings = Recordings(TINY / "recordings.csv", "train")
+    enough = min(CLIPS["train"], 400 * per_class) or CLIPS["train"]  # 16 times as many as needed
+    scenes = balanced_subset(draw_scenes(recordings, "train", enough, seed=0), per_class)
+    write_scenes(folder, {scene["id"]: scene for scene in scenes}, recordings)
+    keys = ("id", "labels", "captions")
+    return [{"file": f"{x['id']}.wav", **{key: x[key] for key in keys}} for x in scenes]
+
+
+def make_real(args: argparse.Namespace) -> tuple[LatentDataset, Path]:
+    """The real clips' features, OUT/real, and where their audio is."""
+    audio, folder = args.audio or args.out / "audio", args.out / "real"
+    if args.audio:
+        rows = latents.rows_to_encode(args.table, args.audio, args.class_labels)
+        rows = balanced_subset(rows, args.per_class)
+    else:
+        rows = tiny_clips(audio, args.per_class)
+    load = functools.partial(latents.load_row, audio_folder=audio)
+    latents.encode_dataset(folder, LogMelCodec(), rows, load, workers=args.workers)
+    return open_features(folder), audio
+
+
+# ---- generated clips -----------------------------------------------------------------------------
+
+
+def generated_rows(kind: str, real: LatentDataset, times: int, seed: int) -> list[dict]:
+    """`times` rows for each real clip. Row n of a plain set has labels from (seed, n); one of an
+    inversion set those of real clip `of`, of which it is version number `version`."""
+    rows, known = [], labels_of(real)
+    for n in range(times * len(real)):
+        if kind == "plain":
+            rng = np.random.default_rng((seed, n))
+            count = min(int(rng.integers(1, 4)), len(known))  # P2: N ∈ [1, 2, 3]
+            labels = words = rng.choice(known, count, replace=False).tolist()
+            of, version = -1, n // len(real)
+        else:
+            of, version = divmod(n, times)
+            labels = real.record(of)["labels"]
+            words = [adapt.word_of(label) for label in labels]
+        row = {"id": f"{kind}-{n:06d}", "labels": labels, "captions": [template(words)]}
+        rows.append(row | {"number": n, "of": of, "version": version})
+    return rows
+
+
+def model_with_words(real: LatentDataset, audio: Path, args: argparse.Namespace) -> Path:
+    """--model, or if it doesn't have a word for each class of the real clips, one in OUT/words that
+    has learned them by textual inversion."""
+    words = {adapt.word_of(label) for label in labels_of(real)}
+    if words <= adapt.words_of(args.model).keys():
+        return args.model
+    c, out = args.loop, args.out / "words"
+    options = {"--model": args.model, "--audio": audio, "--table": real.folder / "clips.jsonl"}
+    options |= {"--out": out, "--steps": args.inversion_steps, "--precision": c.precision}
+    options |= {"--device": c.device, "--encodec-weights": c.encodec_weights}
+    given = [str(x) for pair in options.items() if pair[1] for x in pair]
+    adapt.main(["textual-inversion", "--each-label", *given])
+    return out / "model"
+
+
+def make(kind: str, real: LatentDataset, audio: Path, args: argparse.Namespace) -> LatentDataset:
+    """Features of the real clips and after these the generated ones, OUT/KIND; a stopped command
+    goes on after the last batch."""
+    folder, source, size, c = args.out / kind, args.model, GROUP, args.loop
+    settings = {"steps": c.denoising_steps, "guidance": args.guidance, "seed": c.seed}
+    if kind == "inversion":
+        source = model_with_words(real, audio, args)
+        settings["strength"] = args.strength
+        size = args.times  # image-to-image: versions of one clip
+    files = [source / "unet" / f"{WEIGHTS}.safetensors", source / adapt.WORDS]
+    made = settings | {path.name: file_sha256(path) for path in files if path.is_file()}
+    rows = [x | {"made": made} for x in generated_rows(kind, real, args.times, c.seed)]
+    print(f"{folder}: {len(rows)} clips")
+    load_model = functools.cache(sample.load_model)
+
+    @functools.lru_cache(1)
+    def group(number: int) -> Tensor:
+        model = load_model(source, c.device or None, c.encodec_weights or None)
+        part = rows[number * size : (number + 1) * size]
+        options = {"batch_size": size, "precision": c.precision} | settings
+        options["indices"] = [row["number"] for row in part]
+        if kind == "inversion":
+            start = real.record(part[0]["of"])
+            options["init_audio"] = latents.load_row(start, audio)[0]
+        return sample.generate(model, [row["captions"][0] for row in part], **options)
+
+    def load(row: dict) -> Tensor:
+        if "number" not in row:
+            return latents.load_row(row, audio)
+        return group(row["number"] // size)[row["number"] % size][None]
+
+    reals = [real.record(i) for i in range(len(real))]
+    latents.encode_dataset(folder, LogMelCodec(), reals + rows, load)
+    data = open_features(folder)
+    if len(data) < len(reals + rows):
+        raise ValueError(f"{folder}: some clips weren't made, see skipped.csv")
+    return data
 
 
 # ---- equation (1) --------------------------------------------------------------------------------
@@ -78,25 +206,6 @@ def worst(scores: list[dict], n: int) -> list[str]:
     """The n classes with the lowest average precision, in the mean of several taggers' scores."""
     labels = scores[0]["AP"]
     return sorted(labels, key=lambda label: statistics.mean(x["AP"][label] for x in scores))[:n]
-
-
-class Both:
-    """Two data sets, end to end: real clips, and those with these numbers of the generated ones."""
-
-    def __init__(self, real: LatentDataset, made: LatentDataset, numbers: np.ndarray):
-        self.real, self.made, self.numbers, self.folder = real, made, numbers, real.folder
-
-    def find(self, i: int) -> tuple[LatentDataset, int]:
-        n = len(self.real)
-        return (self.real, i) if i < n else (self.made, int(self.numbers[i - n]))
-
-    def stored(self, indices) -> Tensor:
-        """uint8 [B, 64, 1009]."""
-        return torch.cat([data.stored([i]) for data, i in map(self.find, indices)])
-
-    def record(self, i: int) -> dict:
-        data, i = self.find(i)
-        return data.record(i)
 
 
 class Mixed(classify.Tagger):
@@ -109,164 +218,112 @@ class Mixed(classify.Tagger):
 
     def __init__(self, c: Config, device: torch.device):
         super().__init__(c, device)
-        real, gains = self.data, [c.factor if x in c.amplified else 1.0 for x in self.labels]
-        self.p = p = balanced(self.targets, gains)
-        if not c.times:
-            return
-        made = open_features(Path(c.data).parent / c.kind)
-        records = [made.record(g) for g in range(len(made))]
-        numbers = np.array([g for g, x in enumerate(records) if x["version"] < c.times])
-        targets = targets_of(made, numbers, self.labels)
-        if c.kind == "plain":
-            q = balanced(targets, gains)
-        else:
-            of = torch.tensor([records[g]["of"] for g in numbers])
-            if (of.bincount(minlength=len(real)) != c.times).any():
-                raise ValueError(f"{made.folder}: not {c.times} versions of each clip of "
-                                 f"{real.folder}")  # fmt: skip
-            q = p[of] / c.times
-        self.p = torch.cat([(1 - c.alpha) * p, c.alpha * q])
-        self.data, self.clips = Both(real, made, numbers), len(self.p)
-        self.targets = torch.cat([self.targets, targets])
+        gains = [c.factor if x in c.amplified else 1.0 for x in self.labels]
+        records = [self.data.record(i) for i in range(self.clips)]
+        version = torch.tensor([x.get("version", -1) for x in records])  # −1: a real clip
+        real, made = version < 0, (version >= 0) & (version < c.times)
+        p = balanced(self.targets[real], gains)
+        self.p = torch.zeros(self.clips).double()
+        self.p[real] = (1 - c.alpha) * p
+        if c.times and c.kind == "plain":
+            self.p[made] = c.alpha * balanced(self.targets[made], gains)
+        elif c.times:
+            of = torch.tensor([x.get("of", 0) for x in records])[made]
+            self.p[made] = c.alpha * p[of] / c.times
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def plan(args: argparse.Namespace, sets: list[str], weak: dict[str, list[str]]) -> Iterator:
-    """((tagger, recipe, kind or "", set), Config) of every tagger to train, seed by seed."""
-    arms = itertools.product(args.seeds, args.taggers, args.recipes, args.kinds, sets)
-    for seed, (model, width), recipe, kind, name in arms:
-        times, alpha, amplify = SETS[name]
-        kind = kind if times else ""
-        arm = (f"{model}-{width}", recipe, kind, name)
-        out = args.out / "taggers" / "_".join(filter(None, arm)) / f"seed-{seed}"
-        values = {"model": model, "width": width, "seed": seed, "kind": kind, "times": times}
-        values |= {"alpha": args.alpha if alpha is None else alpha, **RECIPES[recipe]}
-        values |= {"amplified": weak[arm[0]], "factor": args.factor} if amplify else {}
-        values |= {"data": str(args.out / "real"), "val_data": str(args.test), "out": str(out)}
-        values |= {"device": args.device or "", "warmup_steps": args.loop.steps // 10}
-        yield arm, Config(**vars(args.loop) | values)
-
-
-def run(c: Config) -> dict:
-    """The scores of a tagger, which is trained if OUT doesn't have them."""
-    folders, out = {"real": c.data, "test": c.val_data}, Path(c.out)
-    folders |= {"generated": Path(c.data).parent / c.kind} if c.times else {}
-    c = replace(c, tables={k: file_sha256(Path(x, "clips.jsonl")) for k, x in folders.items()})
-    if (out / "model").exists() and not (out / "checkpoints").exists():
-        may_change, advice = train.MAY_CHANGE - {"batch_size"}, "give the same, or another --out"
-        mine = {k: v for k, v in asdict(c).items() if k not in may_change and k != "precision"}
-        train.must_agree(f"{out} has", latents.read_json(out / "config.json"), mine, advice)
-    else:
-        train.train(c, Mixed)
-        shutil.rmtree(out / "checkpoints")  # of a finished run nobody needs them
-    return latents.read_json(out / "model" / "scores.json", "mAP", "AP")
-
-
-def show(title: str, results: dict, args: argparse.Namespace, value: Callable) -> None:
-    rows = []
-    for (model, width), recipe, kind in itertools.product(args.taggers, args.recipes, args.kinds):
-        rows.append([f"{model}-{width}", recipe, kind])
-        for name in args.sets:
-            arm = (f"{model}-{width}", recipe, kind if SETS[name][0] else "", name)
-            rows[-1].append(mean_and_std([value(arm, x) for x in results[arm].values()]))
-    print(f"\n{title}\n\n{markdown(['tagger', 'aug', 'generated from', *args.sets], rows)}")
+def configure(arm: tuple, seed: int, weak: list[str], args: argparse.Namespace) -> Config:
+    """The settings of the tagger that is an arm (tagger, kind, set) of the table."""
+    model, kind, name = arm
+    times, alpha, amplify = SETS[name]
+    kind = kind if times else ""
+    names = (model.replace(":", "-"), kind, name, f"seed-{seed}")
+    values = {"model": model, "seed": seed, "kind": kind, "times": times}
+    values |= {"alpha": args.alpha if alpha is None else alpha}
+    values |= {"amplified": weak, "factor": args.factor} if amplify else {}
+    values |= {"data": str(args.out / (kind or "real")), "val_data": str(args.test)}
+    folders = values["data"], values["val_data"]
+    values["tables"] = [file_sha256(Path(folder, "clips.jsonl")) for folder in folders]
+    values |= {"out": str(args.out / "taggers" / "_".join(filter(None, names)))}
+    return Config(**vars(args.loop) | values | {"warmup_steps": args.loop.steps // 10})
 
 
 def table(args: argparse.Namespace) -> None:
-    real, audio = generated.make_real(args)
+    real, audio = make_real(args)
+    for kind in args.kinds if args.clips_only or any(SETS[name][0] for name in args.sets) else ():
+        make(kind, real, audio, args)
+    if args.clips_only:
+        return
     args.test = args.test or classify.tiny_features("test")
     held_out, labels = open_features(args.test), labels_of(real)
-    if unknown := set(args.amplify or []) - (set(labels) & set(labels_of(held_out))):
-        raise ValueError("classes to be amplified of which there is no real clip, or none to test "
-                         f"on: {', '.join(sorted(unknown))}")  # fmt: skip
-    for kind in args.kinds if any(SETS[name][0] for name in args.sets) else ():
-        generated.make(kind, real, audio, args)
-
-    results: dict[tuple, dict[int, dict]] = {}  # (tagger, recipe, kind, set) -> seed -> scores
-    weak = {f"{model}-{width}": args.amplify or [] for model, width in args.taggers}
-    amplifying = [name for name in args.sets if SETS[name][2]]
-    for names in ([name for name in args.sets if name not in amplifying], amplifying):
-        for (tagger, *_, name), by_seed in results.items():
-            if name == "real" and not args.amplify:
-                n = max(1, round(len(labels) * 100 / 527))
-                weak[tagger] = worst([*by_seed.values()], n)
-        for arm, c in tqdm([*plan(args, names, weak)], unit="tagger", disable=not names):
-            results.setdefault(arm, {})[c.seed] = scores = run(c)
-            tqdm.write(f"{c.out}: mAP {scores['mAP']:.3f}")
-
-    def mean(arm: tuple, scores: dict) -> float:
-        return scores["mAP"]
-
-    def mean_of_weak(arm: tuple, scores: dict) -> float | None:
-        return statistics.mean(scores["AP"][x] for x in weak[arm[0]]) if weak[arm[0]] else None
-
-    rows = [["tagger", "aug", "generated from", "set", "seed", "mAP", "mAP of the worst"]]
-    for arm, by_seed in results.items():
-        rows += [[*arm, seed, mean(arm, x), mean_of_weak(arm, x)] for seed, x in by_seed.items()]
-    content = {"real clips": len(real), "tested on": len(held_out), "worst": weak, "rows": rows}
-    latents.write_aside(args.out / "table.json", (json.dumps(content, indent=1) + "\n").encode())
-    about = f"{len(real)} real clips of {len(labels)} classes, {len(args.seeds)} seeds"
-    show(f"mAP in per cent on {len(held_out)} clips; {about}", results, args, mean)
-    if all(weak.values()):
-        named = "; ".join(f"{tagger}: {', '.join(labels)}" for tagger, labels in weak.items())
-        show(f"the same of the worst classes alone ({named})", results, args, mean_of_weak)
-    print(f"\n{args.out / 'table.json'}")
+    amplified, lines, rows = max(1, round(len(labels) * 100 / 527)), [], []
+    sets = sorted(args.sets, key=lambda name: SETS[name][2])  # what `real` finds worst comes last
+    for tagger, kind in itertools.product(args.taggers, args.kinds):
+        cells, weak = [], []
+        for name in tqdm(sets, unit="set"):
+            scores = []
+            for seed in args.seeds:
+                c = configure((tagger, kind, name), seed, weak, args)
+                train_once(c, Mixed)
+                scores.append(latents.read_json(Path(c.out, "model", "scores.json"), "mAP", "AP"))
+                rows.append([c.out, scores[-1]["mAP"]])
+            weak = worst(scores, amplified) if name == "real" else weak
+            cells.append(classify.mean_and_std([x["mAP"] for x in scores]))
+        lines.append([tagger, kind, *cells, ", ".join(weak)])
+    head = ["tagger", "generated from", *sets, "worst"]
+    path = args.out / "table.json"
+    write_json(path, {"head": head, "lines": lines, "runs": rows})
+    print(f"mAP in per cent on {len(held_out)} clips; {len(real)} real clips of {len(labels)} "
+          f"classes, {len(args.seeds)} seeds\n\n{markdown(head, lines)}\n\n{path}")  # fmt: skip
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def tagger_and_width(text: str) -> tuple[str, int]:
-    """ "cnn14:8" -> ("cnn14", 8)."""
-    model, _, width = text.partition(":")
-    try:
-        classify.check_width(model, int(width))
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{text}: {e}") from e
-    return model, int(width)
-
-
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Our own options, and as `loop` those of train.py."""
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    more = f"and train.py's options for the taggers' loop [{LOOP}]"
-    parser = argparse.ArgumentParser(description=__doc__, epilog=more, **style)
-    generated.add_options(parser)
+    parser = make_parser(__doc__, epilog=f"and train.py's options for the taggers' loop [{LOOP}]")
     add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/augment"), help="folder [runs/augment]")
+    add("--audio", type=Path, help="folder of real clips [scenes of tiny/]")
+    add("--table", type=Path, help="their labels, as for latents.py encode")
+    add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
+    add("--per-class", type=int, default=8, help="real clips of a class at least; 0: all [8]")
+    add("--workers", type=int, default=2, help="processes that read real clips [2]")
+    add("--clips-only", action="store_true", help="no taggers")
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of generated clips [both]")
+    add("--model", type=Path, default=TINY / "model", help="that generates [tiny/model]")
+    add("--times", type=int, default=2, help="generated clips for each real one [2]")
+    add("--inversion-steps", type=int, default=1000, help="to learn words not known yet [1000]")
+    add("--strength", type=float, default=0.5, help="of image-to-image [0.5]")
+    add("--guidance", type=float, help="[the model's own]")
     add("--test", type=Path, help="features to test on [of tiny/'s held-out scenes]")
-    add("--taggers", nargs="+", type=tagger_and_width, default=[("taltrans", 128), ("cnn14", 8)],
-        metavar="NAME:WIDTH", help="[taltrans:128 cnn14:8]")  # fmt: skip
-    add("--recipes", nargs="+", choices=RECIPES, default=["mx+sp"], help="mixup and SpecAugment, "
-        "or none [mx+sp]")  # fmt: skip
+    add("--taggers", nargs="+", default=["taltrans:128", "cnn14:8"], help="[taltrans:128 cnn14:8]")
     add("--sets", nargs="+", choices=SETS, default=list(SETS), help="[all]")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the taggers [0 1 2]")
     add("--alpha", type=float, default=0.5, help="probability of a generated clip [0.5]")
-    add("--amplify", nargs="+", metavar="CLASS", help="these instead of the worst fifth")
-    add("--factor", type=float, default=2.0, help="how much more often they are drawn [2]")
+    add("--factor", type=float, default=2.0, help="how much more often the worst are drawn [2]")
     args, rest = parser.parse_known_args(arguments)
     args.loop = train.parse_args([*classify.RECIPE.split(), *LOOP.split(), *rest])
-    generated.check_options(parser, args)
-    if not 0 <= args.alpha <= 1 or args.factor < 0:
-        parser.error("--alpha is 0 to 1, --factor above 0")
+    if bool(args.audio) != bool(args.table) or bool(args.audio) > bool(args.test):
+        parser.error("--audio, --table and --test (clips that aren't trained on) go together")
+    if not 0 < args.strength <= 1:
+        parser.error("--strength is above 0 and at most 1")
     if (most := max(SETS[name][0] for name in args.sets)) > args.times:
         parser.error(f"--times {args.times}: these --sets need {most}")
-    if not args.amplify and "real" not in args.sets and any(SETS[name][2] for name in args.sets):
-        parser.error("--sets: without `real`, --amplify has to say which classes are worst")
-    if args.audio and not args.test:
-        parser.error("--audio needs --test: features of clips that weren't trained on")
+    if "real" not in args.sets and any(SETS[name][2] for name in args.sets):
+        parser.error("--sets: `real` says which classes are worst")
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    try:
+    with one_line_errors():
+        [*map(classify.name_and_width, args.taggers)]  # better an error now than after hours
         table(args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command goes on")
 
 
 if __name__ == "__main__":

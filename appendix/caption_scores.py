@@ -31,24 +31,20 @@ an id and captions; several rows of one id are its several references.
 import argparse
 import csv
 import html
-import io
 import itertools
-import json
 import math
 import random
 import re
 import statistics
-import sys
 import zlib
 from collections import Counter, defaultdict
-from functools import cache, reduce
+from functools import reduce
 from operator import or_
 from pathlib import Path
 
-import soundfile
-
-from appendix.report import STYLE, data_url
-from latents import SAMPLE_RATE, find_audio, load_audio, read_json, read_table, write_aside
+from appendix import make_parser, markdown, one_line_errors, write_json
+from appendix.report import mp3_url, page, table
+from latents import find_audio, load_audio, read_json, read_table, write_aside
 
 Words = list[str]
 
@@ -89,40 +85,21 @@ def bleu(candidates: list[Words], references: list[list[Words]], n: int) -> floa
             total[k] += grams.total()
     if not all(hits):
         return 0.0
-    return math.exp(
-        min(0, 1 - r / c) + statistics.fmean(math.log(h / t) for h, t in zip(hits, total))
-    )
+    logs = [math.log(hit / all_) for hit, all_ in zip(hits, total)]
+    return math.exp(min(0, 1 - r / c) + statistics.fmean(logs))
 
 
-@cache
-def stem(word: str) -> str:
-    from nltk.stem import PorterStemmer  # here, since it takes seconds that `--help` should not
-
-    return PorterStemmer().stem(word)
+class NoWordNet:
+    @staticmethod
+    def synsets(word: str) -> tuple:
+        return ()
 
 
 def meteor(candidate: Words, refs: list[Words]) -> float:
     """METEOR of a clip with its best reference, 0 … 1."""
-    best = 0.0
-    for ref in refs:
-        pairs = {}  # place in the candidate -> place in the reference
-        for form in (str, stem):  # equal words first, then equal stems among what is left
-            places = defaultdict(list)
-            for j in sorted(set(range(len(ref))) - set(pairs.values())):
-                places[form(ref[j])].append(j)
-            # From the end, each word takes its last match that is free. The original looks for the
-            # fewest crossings instead, which matters only where a word occurs more than once.
-            for i in reversed(range(len(candidate))):
-                if i not in pairs and places[form(candidate[i])]:
-                    pairs[i] = places[form(candidate[i])].pop()
-        if not pairs:
-            continue
-        p, r = len(pairs) / len(candidate), len(pairs) / len(ref)
-        runs = itertools.pairwise(sorted(pairs.items()))
-        chunks = 1 + sum((i + 1, j + 1) != after for (i, j), after in runs)
-        score = p * r / (0.9 * p + 0.1 * r) * (1 - 0.5 * (chunks / len(pairs)) ** 3)
-        best = max(best, score)
-    return best
+    from nltk.translate.meteor_score import meteor_score  # slow to import
+
+    return meteor_score(refs, candidate, wordnet=NoWordNet)
 
 
 def rouge_l(candidate: Words, refs: list[Words], beta: float = 1.2) -> float:
@@ -252,71 +229,62 @@ def entailment(records: list[dict]) -> dict[str, dict]:
     return out
 
 
-# ---- showing -------------------------------------------------------------------------------------
+# ---- the judge's command -------------------------------------------------------------------------
 
 
-def text_table(table: dict[str, dict], columns: list[str]) -> str:
-    def show(x):
-        return "–" if x is None else f"{x:.3f}" if isinstance(x, float) else f"{x:,}"
+def show(x: float | None) -> str:
+    return "–" if x is None else f"{x:.3f}" if isinstance(x, float) else f"{x:,}"
 
-    rows = [["", *columns]]
-    rows += [[name, *(show(row.get(key)) for key in columns)] for name, row in table.items()]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(row) for row in rows)
+
+def cells(rows: dict[str, dict], columns: list[str]) -> list[list[str]]:
+    """The lines of a table: each row's name and its values."""
+    return [[name, *(show(row.get(key)) for key in columns)] for name, row in rows.items()]
 
 
 def bars(title: str, rows: dict[str, int]) -> str:
     """Counts as horizontal bars of SVG."""
     parts, most = [], max(rows.values(), default=1)
     for i, (name, value) in enumerate(rows.items()):
-        y, width = 18 * i, 330 * value / most
+        y, width = 20 * i, 330 * value / most
         parts.append(
-            f'<text x="0" y="{y + 13}">{html.escape(name)}</text>'
-            f'<rect x="110" y="{y + 2}" width="{width:.1f}" height="14" rx="2"/>'
-            f'<text x="{116 + width:.1f}" y="{y + 13}">{value:,}</text>'
+            f'<text x="0" y="{y + 14}">{html.escape(name)}</text>'
+            f'<rect x="110" y="{y + 3}" width="{width:.1f}" height="15" rx="2"/>'
+            f'<text x="{116 + width:.1f}" y="{y + 14}">{value:,}</text>'
         )
-    size = f'viewBox="0 0 520 {18 * len(rows) + 4}" role="img" aria-label="{title}"'
-    return f"<h3>{title}</h3><svg {size}>{''.join(parts)}</svg>"
-
-
-def page(title: str, body: str) -> bytes:
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n"
-    ).encode()
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_aside(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    svg = f'<svg viewBox="0 0 520 {20 * len(rows) + 4}">{"".join(parts)}</svg>'
+    return f"<h3>{html.escape(title)}</h3>{svg}"
 
 
 def judge_command(args: argparse.Namespace) -> None:
     """Prints table A2 and the entailment scores, and writes them as JSON and, with plots, HTML."""
     files = {path: read_table(path) for path in args.captions}
-    sets, notes = judge(systems_of(files, args.field), read_references(args.references))
+    systems = systems_of(files, args.field or ["captions"])
+    sets, notes = judge(systems, read_references(args.references))
+    scores = {str(path): entailment(records) for path, records in files.items()}
+    scores = {path: found for path, found in scores.items() if found}
     columns = ["clips", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
     columns += ["vocabulary", "mean", "std", "min", "median", "max"]
-    text = "\n".join([text_table(sets, columns), "mean … max: words a caption", *notes])
-    plots, scores = "", {}
-    for path, records in files.items():
-        if found := entailment(records):
-            scores[str(path)] = found
-            columns = ["scored", "min", "median", "max", *(f"r with {key}" for key in found)]
-            text += f"\n\nentailment, {path}\n{text_table(found, columns)}"
-            for key, row in found.items():
-                title = html.escape(f"Entailment by {key}, {path}: clips by score")
-                plots += bars(title, row["histogram"])
+    tables = {"words a caption: mean … max": (sets, columns)}
+    for path, found in scores.items():
+        columns = ["scored", "min", "median", "max", *(f"r with {key}" for key in found)]
+        tables[f"entailment, {path}"] = found, columns
+    body = ""
+    for title, (rows, columns) in tables.items():
+        head, lines = ["", *columns], cells(rows, columns)
+        print(f"\n{title}\n\n{markdown(head, lines)}")
+        body += f"<h3>{html.escape(title)}</h3>{table(head, lines)}"
+    print("", *notes, sep="\n")
+    body += "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes)
+    for path, found in scores.items():
+        for key, row in found.items():
+            body += bars(f"Entailment by {key}, {path}: clips by score", row["histogram"])
     for name, row in sets.items():
-        plots += bars(f"Top 20 words, no stop words: {html.escape(name)}", row["top 20 words"])
-        plots += bars(f"Captions by number of words: {html.escape(name)}", row["lengths"])
-    print(text)
-    body = f'<div class="scroll"><pre>{html.escape(text)}</pre></div>{plots}'
-    write_aside(args.out, page("Caption scores", body))
+        body += bars(f"Top 20 words, no stop words: {name}", row["top 20 words"])
+        body += bars(f"Captions by number of words: {name}", row["lengths"])
+    write_aside(args.out.with_suffix(".html"), page("Caption scores", body))
     result = {"captions": [*map(str, files)], "references": str(args.references), "notes": notes}
     write_json(args.out.with_suffix(".json"), result | {"sets": sets, "entailment": scores})
-    print(f"{args.out} and .json")
+    print(f"\n{args.out} and .json")
 
 
 # ---- rating by people ----------------------------------------------------------------------------
@@ -326,48 +294,30 @@ def judge_command(args: argparse.Namespace) -> None:
 # system wrote it is in the key file, which raters don't get.
 
 RATING_STYLE = """<style>
-.row { margin: 1rem 0; } .row input { width: calc(100% - 4rem); vertical-align: middle; }
-output { display: inline-block; width: 3.5rem; text-align: right; }
+.row { margin: 1rem 0; } .row input { width: 5rem; }
 header { position: sticky; top: 0; background: Canvas; padding: .5rem 0; z-index: 1; }
 </style>"""
-# A slider that nobody has touched has no score, wherever its knob stands: the CSV leaves it empty.
-# What was rated is also kept in the browser, where it allows that, so that a closed page goes on.
+# What was rated is kept in the browser, where it allows that, so that a closed page goes on.
 SCRIPT = """
-const sliders = [...document.querySelectorAll("input[type=range]")];
-const rater = document.getElementById("rater"), state = document.getElementById("state");
-const scores = {};
-function show() {
-  for (const s of sliders) {
-    if (s.id in scores) s.value = scores[s.id];
-    s.nextElementSibling.value = scores[s.id] ?? "–";
-  }
-  state.value = Object.keys(scores).length + " of " + sliders.length + " rated";
+const inputs = [...document.querySelectorAll("input")], [rater, ...rows] = inputs;
+let kept = {};
+try { kept = JSON.parse(localStorage[PAGE]); } catch {}
+for (const input of inputs) {
+  input.value = kept[input.id] ?? "";
+  input.oninput = () => {
+    kept[input.id] = input.value;
+    try { localStorage[PAGE] = JSON.stringify(kept); } catch {}
+  };
 }
-function csv() {
-  const name = '"' + rater.value.trim().replaceAll('"', '""') + '"';
-  const lines = sliders.map(s => name + "," + s.id + "," + (scores[s.id] ?? ""));
-  return ["rater,row,score", ...lines].join("\\r\\n") + "\\r\\n";
-}
-function keep() {
-  try { localStorage[PAGE] = JSON.stringify([rater.value, scores]); } catch {}
-  show();
-}
-for (const s of sliders)
-  s.oninput = s.onclick = () => { scores[s.id] = s.value; keep(); };
-rater.oninput = keep;
 document.getElementById("save").onclick = () => {
-  if (!rater.value.trim()) { state.value = "your name, please"; rater.focus(); return; }
+  if (!rater.value.trim()) { rater.focus(); return; }
+  const name = '"' + rater.value.trim().replaceAll('"', '""') + '"';
+  const lines = ["rater,row,score", ...rows.map(r => name + "," + r.id + "," + r.value)];
   const a = document.createElement("a");
-  a.href = URL.createObjectURL(new Blob([csv()], { type: "text/csv" }));
+  a.href = URL.createObjectURL(new Blob([lines.join("\\r\\n") + "\\r\\n"], { type: "text/csv" }));
   a.download = "ratings-" + rater.value.trim().replace(/[^\\p{L}\\p{N}]+/gu, "-") + ".csv";
   a.click();
 };
-try {
-  const kept = JSON.parse(localStorage[PAGE]);
-  rater.value = kept[0];
-  Object.assign(scores, kept[1]);
-} catch {}
-show();
 """
 
 
@@ -387,36 +337,34 @@ def rating_page(
     chosen = rng.sample(ids, min(n, len(ids)))
     tag = f"{zlib.crc32(repr((seed, chosen, captions)).encode()):08x}"  # tells pages apart
     for number, i in enumerate(chosen, 1):
-        buffer = io.BytesIO()
-        soundfile.write(buffer, load_audio(sounds[i]).numpy(), SAMPLE_RATE, format="MP3")
-        sound = data_url("audio/mpeg", buffer.getvalue())
+        sound = mp3_url(load_audio(sounds[i]))
         body.append(f'<div class="clip"><h3>Clip {number} of {len(chosen)}</h3>'
                     f'<audio controls preload="none" src="{sound}"></audio>')  # fmt: skip
         body += [f"<p>Reference: {html.escape(text)}</p>" for text in references.get(i, [])[:1]]
         for name, text in rng.sample(list(zip(systems, captions[i])), len(systems)):
             row = f"{tag}-{len(key) + 1}"
             key[row] = [i, name]
-            body.append(f'<div class="row"><label for="{row}">{html.escape(text)}</label><br>'
-                        f'<input type="range" id="{row}" min="0" max="1" step="0.05" value="0.5">'
-                        "<output></output></div>")  # fmt: skip
+            body.append(
+                f'<div class="row"><label for="{row}">{html.escape(text)}</label><br>'
+                f'<input id="{row}" type="number" min="0" max="1" step="0.05"></div>'
+            )
         body.append("</div>")
     head = (
         f"{RATING_STYLE}<p>Listen to each clip, and say how well each caption describes it: 0, not "
         "at all, to 1, entirely. A reference is what somebody else wrote; where they differ, "
         "believe your ears. Then save the CSV and send it back.</p><header><label>Your name "
-        '<input id="rater"></label> <button id="save">Save CSV</button> <output id="state" '
-        'style="width: auto"></output></header>'
+        '<input id="rater"></label> <button id="save">Save CSV</button></header>'
     )
     script = f'<script>const PAGE = "audio-journey-{tag}";{SCRIPT}</script>'
     return page("How well do captions describe sounds?", head + "".join(body) + script), key
 
 
-def average(paths: list[Path], key: dict[str, list[str]]) -> tuple[dict, list[str], list[str]]:
-    """Raters' CSVs -> similarity scores by system (table 1), what is unanswered, what is invalid.
+def average(paths: list[Path], key: dict[str, list[str]]) -> tuple[dict, list[str]]:
+    """Raters' CSVs -> similarity scores by system (table 1), and what isn't counted.
 
     A system's mean is the mean over raters of each one's mean, its std the sample's over these.
     """
-    scores, unanswered, invalid = defaultdict(dict), [], []  # scores: {(rater, system): {id: x}}
+    scores, left_out = defaultdict(dict), []  # scores: {(rater, system): {id: x}}
     for path in paths:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.reader(file))
@@ -424,22 +372,14 @@ def average(paths: list[Path], key: dict[str, list[str]]) -> tuple[dict, list[st
             raise ValueError(f"{path}: expected the columns rater, row and score")
         for line, row in enumerate(rows[1:], 2):
             try:
-                if len(row) != 3:
-                    raise ValueError(f"{len(row)} columns instead of 3")
                 rater, name, score = map(str.strip, row)
-                i, system = key.get(name, ("", ""))
-                if not rater or not system:
-                    raise ValueError("no rater" if system else f"row {name!r} is not in the key")
-                if i in scores[rater, system]:
-                    raise ValueError(f"{rater} rates {name} for the second time")
-                if not score:
-                    unanswered.append(f"{path}, line {line}: {i} of {system}, by {rater}")
-                elif not 0 <= float(score) <= 1:  # nor NaN
-                    raise ValueError(f"score {score} is not in 0 … 1")
-                else:
-                    scores[rater, system][i] = float(score)
-            except ValueError as e:
-                invalid.append(f"{path}, line {line}: {e}")
+                i, system = key[name]
+                if not rater or i in scores[rater, system] or not 0 <= float(score) <= 1:
+                    raise ValueError("no rater, rated before, or not in 0 … 1")
+                scores[rater, system][i] = float(score)
+            except (ValueError, KeyError) as e:
+                reason = "unanswered" if row[2:] == [""] else f"{type(e).__name__}, {e}"
+                left_out.append(f"{path}, line {line}: {', '.join(row)} ({reason})")
     table = {}
     for system in dict.fromkeys(system for _, system in key.values()):
         found = [by_clip for (_, name), by_clip in scores.items() if name == system and by_clip]
@@ -448,14 +388,14 @@ def average(paths: list[Path], key: dict[str, list[str]]) -> tuple[dict, list[st
         table[system] |= {"std": statistics.stdev(means) if len(means) > 1 else None}
         table[system] |= {"raters": len(found), "clips": len(set().union(*found))}
         table[system] |= {"ratings": sum(map(len, found))}
-    return table, unanswered, invalid
+    return table, left_out
 
 
 def rate_command(args: argparse.Namespace) -> None:
     if not args.audio.is_dir():
         raise FileNotFoundError(f"{args.audio}: no such folder")
     files = {path: read_table(path) for path in args.captions}
-    systems = systems_of(files, args.field)
+    systems = systems_of(files, args.field or ["captions"])
     references = read_references(args.references) if args.references else {}
     records = {record["id"]: record for record in itertools.chain(*files.values())}
     found = zip(records, find_audio([*records.values()], args.audio))
@@ -463,57 +403,46 @@ def rate_command(args: argparse.Namespace) -> None:
     text, key = rating_page(systems, references, sounds, args.clips, args.seed)
     aside = args.out.with_suffix(".key.json")
     write_json(aside, key)
-    write_aside(args.out, text)
-    clips = len(key) // len(systems)
-    print(f"{args.out}: {clips} clips of {len(records)} ids, {len(sounds)} of them with a sound; "
+    write_aside(args.out.with_suffix(".html"), text)
+    print(f"{args.out}: {len(key) // len(systems)} clips of {len(records)} ids, "
           f"{len(text) / 2**20:.1f} MB, for the raters. {aside}: for `average`")  # fmt: skip
 
 
 def average_command(args: argparse.Namespace) -> None:
     key = read_json(args.key)
-    pairs = [pair for pair in key.values() if isinstance(pair, list) and len(pair) == 2]
-    if len(pairs) < len(key) or not all(isinstance(x, str) for pair in pairs for x in pair):
+    if any(not isinstance(x, list) or [*map(type, x)] != [str, str] for x in key.values()):
         raise ValueError(f"{args.key}: not a key that `rate` wrote")
-    table, unanswered, invalid = average(args.ratings, key)
-    print(text_table(table, ["similarity", "std", "raters", "clips", "ratings"]))
-    print(f"{len(unanswered)} rows unanswered", *unanswered, sep="\n  ")
-    print(f"{len(invalid)} rows invalid, not counted", *invalid, sep="\n  ")
+    rows, left_out = average(args.ratings, key)
+    columns = ["similarity", "std", "raters", "clips", "ratings"]
+    print(markdown(["", *columns], cells(rows, columns)))
+    print(f"{len(left_out)} rows aren't counted", *left_out, sep="\n  ")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     judging = commands.add_parser("judge", help="metrics, as table, JSON and page with plots")
     rating = commands.add_parser("rate", help="a page on which people rate captions")
-    for command in (judging, rating):
+    for command, out in ((judging, Path("caption_scores.html")), (rating, Path("rate.html"))):
         add = command.add_argument
         add("captions", nargs="+", type=Path, help="JSONL or CSV; several: each its own system")
         add("--field", action="append", help="which holds the caption; may be repeated [captions]")
+        add("--out", type=Path, default=out, help=f"the page, with JSON beside it [{out}]")
     judging.add_argument("references", type=Path, help="JSONL or CSV")
-    judging.add_argument("--out", type=Path, default=Path("caption_scores.html"), help="the page, "
-                         "and JSON beside it [caption_scores.html]")  # fmt: skip
+    judging.set_defaults(run=judge_command)
     add = rating.add_argument
     add("--audio", type=Path, required=True, help="folder of sounds, ID.wav or so")
     add("--references", type=Path, help="JSONL or CSV, to show the first of each clip")
-    add("--out", type=Path, default=Path("rate.html"), help="the page, and its key [rate.html]")
     add("--clips", type=int, default=500, help="at most [500]")
     add("--seed", type=int, default=0, help="of the sample and the order [0]")
+    rating.set_defaults(run=rate_command)
     averaging = commands.add_parser("average", help="raters' CSVs -> mean scores by system")
     averaging.add_argument("ratings", nargs="+", type=Path, help="what the page has saved")
     averaging.add_argument("--key", type=Path, required=True, help="what rate wrote: *.key.json")
+    averaging.set_defaults(run=average_command)
     args = parser.parse_args(arguments)
-    if args.command != "average":
-        args.field = args.field or ["captions"]
-        if args.out.suffix != ".html":
-            parser.error(f"--out {args.out}: expected a name that ends in .html")
-    if args.command == "rate" and args.clips < 1:
-        parser.error("--clips is 1 or more")
-    run = {"judge": judge_command, "rate": rate_command, "average": average_command}[args.command]
-    try:
-        run(args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    with one_line_errors():
+        args.run(args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Results are mAP (mean over classes of the average precision), AUC and every clas
     python -m appendix.classify train                                  on tiny/'s composed scenes
     python -m appendix.classify encode AUDIO TABLE --out FOLDER        features of one's own clips
     python -m appendix.classify train FOLDER --test FOLDER --model taltrans --out runs/taltrans
-    python -m appendix.classify test runs/taltrans/model/tagger.safetensors FOLDER
 
 The papers' AST starts from ImageNet's weights and 128 mel bands; this one from scratch, on 64.
 """
@@ -27,7 +26,6 @@ import argparse
 import functools
 import json
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +38,7 @@ from tqdm import tqdm
 
 import latents
 import train
+from appendix import make_parser, one_line_errors, read_tensors
 from evaluate import Cnn14, ConvBlock, log_mel, mel_matrix
 from latents import LatentDataset, write_aside
 from train import TINY
@@ -95,8 +94,7 @@ def open_features(folder: str | Path) -> LatentDataset:
     """ValueError if the folder holds something else."""
     data = LatentDataset(folder)
     if data.codec != LogMelCodec().settings():
-        raise ValueError(f"{folder}: holds {data.codec.get('name')}, not log-mel frames: make them "
-                         "with `python -m appendix.classify encode`")  # fmt: skip
+        raise ValueError(f"{folder}: not log-mel frames, which appendix.classify encode makes")
     return data
 
 
@@ -180,39 +178,42 @@ class AST(nn.Module):
 WIDTHS = {"cnn14": 16, "taltrans": 512, "ast": 768}  # unless told otherwise
 
 
-def check_width(model: str, width: int) -> None:
+def name_and_width(model: str) -> tuple[str, int]:
+    """ "cnn14:8" -> ("cnn14", 8). ValueError for what is no tagger."""
+    name, _, width = model.partition(":")
     # taltrans' first block is a sixteenth as wide, and it has 8 heads.
-    if model not in WIDTHS or width < 1 or (model == "taltrans" and width % 16):
+    step = 16 if name == "taltrans" else 1
+    if name not in WIDTHS or (width and (not width.isdigit() or int(width) % step)):
         names = ", ".join(WIDTHS)
-        raise ValueError(f"expected one of {names}, and a width (taltrans: a multiple of 16)")
+        raise ValueError(f"{model}: expected {names} or NAME:WIDTH (taltrans: a multiple of 16)")
+    return name, int(width or WIDTHS[name])
 
 
-def make_tagger(model: str, labels: list[str], width: int) -> nn.Module:
-    check_width(model, width)
-    if model == "cnn14":
+def make_tagger(model: str, labels: list[str]) -> nn.Module:
+    name, width = name_and_width(model)
+    if name == "cnn14":
         return Cnn14(len(labels), [width << i for i in range(6)], labels)
-    return {"taltrans": TALTrans, "ast": AST}[model](len(labels), width)
+    return {"taltrans": TALTrans, "ast": AST}[name](len(labels), width)
 
 
-def save_tagger(path: Path, tagger: nn.Module, model: str, labels: list[str], width: int) -> None:
+def save_tagger(path: Path, tagger: nn.Module, model: str, labels: list[str]) -> None:
     """Safetensors; one of a cnn14 is also a classifier for evaluate.py."""
-    state = {name: (value.half() if value.is_floating_point() else value).contiguous()
-             for name, value in tagger.state_dict().items()}  # fmt: skip
-    about = {"model": model, "labels": json.dumps(labels), "width": str(width)}
+    state = tagger.state_dict().items()
+    state = {k: x.half() if x.is_floating_point() else x for k, x in state}
+    state = {k: x.contiguous() for k, x in state.items()}
+    about = {"model": model, "labels": json.dumps(labels)}
     write_aside(path, safetensors.torch.save(state, about))
 
 
 def load_tagger(path: Path) -> tuple[nn.Module, list[str]]:
     """What `save_tagger` wrote, and its labels. ValueError for any other file."""
+    state, about = read_tensors(path)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata()
-            state = {key: file.get_tensor(key) for key in file.keys()}
         labels = json.loads(about["labels"])
-        tagger = make_tagger(about["model"], labels, int(about["width"]))
+        tagger = make_tagger(about["model"], labels)
         tagger.load_state_dict(state)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path}: damaged, or not a tagger ({e!r:.80})") from e
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path}: not a tagger ({e!r:.80})") from e
     return tagger.eval(), labels
 
 
@@ -251,12 +252,6 @@ def mean_and_std(values: list[float]) -> str:
     return mean + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def markdown(head: list[str], rows: list[list]) -> str:
-    """A table in Markdown; all columns but the first have numbers."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 @torch.no_grad()
 def test(tagger: nn.Module, data: LatentDataset, labels: list[str], device) -> dict:
     """A tagger's `scores_of` a stored data set."""
@@ -276,15 +271,15 @@ def test(tagger: nn.Module, data: LatentDataset, labels: list[str], device) -> d
 class Config(train.Config):
     """train.py's settings, and a tagger's own."""
 
-    model: str = "cnn14"
-    width: int = WIDTHS["cnn14"]  # channels of cnn14's first block; of the others, their states'
+    model: str = "cnn14"  # or NAME:WIDTH, the channels of cnn14's first block, others' states
     mixup: float = 0.5  # share of clips mixed with another
     time_mask: int = 192  # frames at most
     mel_mask: int = 24  # bands at most
 
 
 # The papers' for AudioSet-20K (table A10). The weights aren't averaged.
-RECIPE = "--steps 4000 --batch-size 32 --lr 1e-3 --warmup-steps 200 --beta2 0.999 --ema-decay 0"
+RECIPE = "--out runs/tagger --steps 4000 --batch-size 32 --lr 1e-3 --warmup-steps 200 "
+RECIPE += "--beta2 0.999 --ema-decay 0"
 
 
 def augment(x: Tensor, y: Tensor, rng: np.random.Generator, c: Config) -> tuple[Tensor, Tensor]:
@@ -315,7 +310,7 @@ class Tagger:
         self.targets = targets_of(self.data, range(self.clips), self.labels)
         self.p, self.codec, self.scores = balanced(self.targets), LogMelCodec(), None
         torch.manual_seed(c.seed)
-        tagger = make_tagger(c.model, self.labels, c.width).to(device)
+        tagger = make_tagger(c.model, self.labels).to(device)
         self.network = tagger.to(memory_format=torch.channels_last)  # convolutions' own, on a CPU
 
     def choose(self, step: int, global_batch: int) -> np.ndarray:
@@ -345,11 +340,28 @@ class Tagger:
 
     def write(self, ema: nn.Module, folder: Path) -> None:
         path, c = folder / "tagger.safetensors", self.c
-        save_tagger(path, self.network, c.model, self.labels, c.width)
+        save_tagger(path, self.network, c.model, self.labels)
         (folder / "scores.json").write_text(json.dumps(self.scores, indent=1) + "\n")
 
 
 # ---- the command ---------------------------------------------------------------------------------
+
+
+def encode_command(args: argparse.Namespace, _) -> None:
+    rows = latents.rows_to_encode(args.table, args.audio_folder, args.class_labels)
+    load = functools.partial(latents.load_row, audio_folder=args.audio_folder)
+    latents.encode_dataset(args.out, LogMelCodec(), rows, load, workers=args.workers)
+    print(f"{args.out}: {len(LatentDataset(args.out))} clips")
+
+
+def train_command(args: argparse.Namespace, rest: list[str]) -> None:
+    own = {key: getattr(args, key) for key in ("model", "mixup", "time_mask", "mel_mask")}
+    own |= {"data": str(args.data or tiny_features("train"))}
+    own |= {"val_data": str(args.test or tiny_features("test"))}
+    shared = train.parse_args([*RECIPE.split(), *rest])
+    folder = train.train(Config(**vars(shared) | own), Tagger)
+    show(latents.read_json(folder / "scores.json"))
+    print(folder / "tagger.safetensors")
 
 
 def show(scores: dict) -> None:
@@ -358,68 +370,32 @@ def show(scores: dict) -> None:
     print(f"mAP {scores['mAP']:.4f}, AUC {scores['AUC']:.4f} on {scores['clips']} clips")
 
 
-def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and those left for train.py's `parse_args`."""
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **style)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("encode", help="audio and a table -> log-mel features").add_argument
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("encode", help="audio and a table -> log-mel features")
+    command.set_defaults(run=encode_command)
+    add = command.add_argument
     add("audio_folder", type=Path)
     add("table", type=Path, help="as for `latents.py encode`")
     add("--out", type=Path, required=True)
     add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
     add("--workers", type=int, default=2)
-    more = f"and train.py's options for its loop: [{RECIPE}]"
-    fit = commands.add_parser("train", help="features -> tagger, scores", epilog=more, **style)
-    add = fit.add_argument
+    more = {"epilog": f"and train.py's options: [{RECIPE}]", "allow_abbrev": False}
+    command = commands.add_parser("train", help="features -> tagger, scores", **more)
+    command.set_defaults(run=train_command)
+    add = command.add_argument
     add("data", type=Path, nargs="?", help="features [of tiny/'s training scenes]")
     add("--test", type=Path, help="features to test on [of tiny/'s held-out scenes]")
-    add("--out", default="runs/tagger", help="folder; the tagger is in OUT/model [runs/tagger]")
-    add("--model", choices=WIDTHS, default="cnn14", help="[cnn14]")
-    add("--width", type=int, help=f"[{', '.join(f'{m}: {w}' for m, w in WIDTHS.items())}]")
-    add("--mixup", type=float, default=Config.mixup, help="share of clips that are mixed [0.5]")
-    add("--time-mask", type=int, default=Config.time_mask, help="frames at most [192]")
-    add("--mel-mask", type=int, default=Config.mel_mask, help="bands at most [24]")
-    add = commands.add_parser("test", help="a tagger's scores on features").add_argument
-    add("tagger", type=Path)
-    add("data", type=Path, nargs="?", help="features [of tiny/'s held-out scenes]")
-    add("--device", help="cpu or cuda [cuda where there is one]")
+    sizes = " ".join(f"{name}:{width}" for name, width in WIDTHS.items())
+    add("--model", default="cnn14", help=f"NAME[:WIDTH], one of {sizes} [cnn14]")
+    for name, value in (("mixup", 0.5), ("time-mask", 192), ("mel-mask", 24)):
+        add(f"--{name}", type=type(value), default=value, help=f"[{value}]")
     args, rest = parser.parse_known_args(arguments)
-    if args.command != "train" and rest:
+    if rest and args.run != train_command:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args, rest
-
-
-def run(args: argparse.Namespace, rest: list[str]) -> None:
-    if args.command == "encode":
-        rows = latents.rows_to_encode(args.table, args.audio_folder, args.class_labels)
-        load = functools.partial(latents.load_row, audio_folder=args.audio_folder)
-        latents.encode_dataset(args.out, LogMelCodec(), rows, load, workers=args.workers)
-        print(f"{args.out}: {len(LatentDataset(args.out))} clips")
-    elif args.command == "train":
-        own = {key: getattr(args, key) for key in ("model", "mixup", "time_mask", "mel_mask")}
-        own |= {"width": args.width or WIDTHS[args.model], "out": args.out}
-        own["data"] = str(args.data or tiny_features("train"))
-        own["val_data"] = str(args.test or tiny_features("test"))
-        shared = train.parse_args([*RECIPE.split(), *rest])
-        folder = train.train(Config(**vars(shared) | own), Tagger)
-        show(latents.read_json(folder / "scores.json"))
-        print(folder / "tagger.safetensors")
-    else:
-        tagger, labels = load_tagger(args.tagger)
-        device = latents.pick_device(args.device)
-        data = open_features(args.data or tiny_features("test"))
-        show(test(tagger.to(device), data, labels, device))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args, rest = parse_args(arguments)
-    try:
-        run(args, rest)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command goes on from the last checkpoint")
+    with one_line_errors("the same command goes on from the last checkpoint"):
+        args.run(args, rest)
 
 
 if __name__ == "__main__":

@@ -11,38 +11,33 @@ as it is:
 Z are convolutions that are 0 at first: training begins with the model's own sounds. It minimises
 the loss that the model was trained with; only the copy and Z learn.
 
-    python -m appendix.control train
-    python -m appendix.control sample "rain" --control RECORDING.wav \\
-        --controlnet runs/controlnet/model
+    python -m appendix.control                                  train, into runs/controlnet
+    python -m appendix.edit "rain" --control RECORDING.wav --controlnet runs/controlnet/model
 
-`train` has train.py's options, loop and checkpoints (the same command goes on) and writes the
-ControlNet to RUN/model; `sample` has sample.py's. A ControlNet for any sound wants as much data as
-the model had. Folders are those of diffusers' `ControlNetModel`, which leaves the projection of the
-text to its caller.
+The first has train.py's options, loop and checkpoints (the same command goes on). A ControlNet for
+any sound wants as much data as the model had. Folders are those of diffusers' `ControlNetModel`,
+which leaves the projection of the text to its caller.
 """
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import latents
 import sample
 import train
+from appendix import make_parser, one_line_errors
 from unet import UNet, UNetConfig
 
+# Half of the captions are dropped, so that it learns to go by the signal (their section 3.3).
+LOOP = "--out runs/controlnet --steps 5000 --warmup-steps 250 --batch-size 8 --lr 1e-4 "
+LOOP += "--caption-dropout 0.5"
 # What its config.json says, beside what the U-Net's does.
 DIFFUSERS = {"_class_name": "ControlNetModel", "conditioning_channels": 1}
 DIFFUSERS |= {"conditioning_embedding_out_channels": [16]}
@@ -63,23 +58,37 @@ def loudness(codec: latents.EncodecCodec | latents.MelCodec, stored: Tensor) -> 
 # ---- the network ---------------------------------------------------------------------------------
 
 
-def call(layer: Callable, *arguments) -> Tensor:
-    return layer(*arguments)
+def layers(gradient_checkpointing: bool, *condition) -> Callable:
+    """(level, i, h) -> the level's layer i of h, as in UNet.forward."""
+
+    def layer(level: nn.Module, i: int, h: Tensor) -> Tensor:
+        if gradient_checkpointing:
+            return checkpoint(level.layer, i, h, *condition, use_reentrant=False)
+        return level.layer(i, h, *condition)
+
+    return layer
 
 
-def way_down(unet: UNet, h: Tensor, condition: tuple, run: Callable) -> tuple[Tensor, list[Tensor]]:
+def way_down(unet: UNet, h: Tensor, layer: Callable) -> tuple[Tensor, list[Tensor]]:
     """From what conv_in gives to what the mid block gives, and the skips, as in UNet.forward."""
     skips = [h]
     for level in unet.down_blocks:
         for i in range(len(level.resnets)):
-            h = run(level.layer, i, h, *condition)
+            h = layer(level, i, h)
             skips.append(h)
         if hasattr(level, "downsamplers"):
             h = level.downsamplers[0]["conv"](h)
             skips.append(h)
     for i in range(2):
-        h = run(unet.mid_block.layer, i, h, *condition)
+        h = layer(unet.mid_block, i, h)
     return h, skips
+
+
+def zero_conv(in_channels: int, out_channels: int, size: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 class ControlNet(UNet):
@@ -88,21 +97,14 @@ class ControlNet(UNet):
     def __init__(self, config: UNetConfig):
         super().__init__(config)
         del self.up_blocks, self.conv_norm_out, self.conv_out
-
-        def zero(in_channels: int, out_channels: int, size: int = 1) -> nn.Conv2d:
-            conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2)
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
-            return conv
-
         widths = config.block_out_channels
         skips = [widths[0]]
         for width, level in zip(widths, self.down_blocks, strict=True):
             skips += [width] * (len(level.resnets) + hasattr(level, "downsamplers"))
-        convs = {"conv_in": nn.Conv2d(1, 16, 3, padding=1), "conv_out": zero(16, widths[0], 3)}
+        convs = {"conv_in": nn.Conv2d(1, 16, 3, padding=1), "conv_out": zero_conv(16, widths[0], 3)}
         self.controlnet_cond_embedding = nn.ModuleDict(convs)
-        self.controlnet_down_blocks = nn.ModuleList([zero(width, width) for width in skips])
-        self.controlnet_mid_block = zero(widths[-1], widths[-1])
+        self.controlnet_down_blocks = nn.ModuleList([zero_conv(width, width) for width in skips])
+        self.controlnet_mid_block = zero_conv(widths[-1], widths[-1])
 
     @classmethod
     def copy_of(cls, unet: UNet) -> "ControlNet":
@@ -115,13 +117,10 @@ class ControlNet(UNet):
     ) -> list[Tensor]:
         """What is to be added to each skip, and last to the middle. picture [B, 1, H, W]; the rest
         as for the U-Net."""
-        run = partial(checkpoint, use_reentrant=False) if gradient_checkpointing else call
-        condition, embedding = (
-            self.condition(x_t, t, text, text_mask),
-            self.controlnet_cond_embedding,
-        )
+        embedding = self.controlnet_cond_embedding
         h = self.conv_in(x_t) + embedding["conv_out"](F.silu(embedding["conv_in"](picture)))
-        h, skips = way_down(self, h, condition, run)
+        layer = layers(gradient_checkpointing, *self.condition(x_t, t, text, text_mask))
+        h, skips = way_down(self, h, layer)
         more = [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips, strict=True)]
         return [*more, self.controlnet_mid_block(h)]
 
@@ -144,13 +143,12 @@ class Controlled(nn.Module):
     ) -> Tensor:
         unet, rest = self.unet, (x_t, t, text, text_mask, gradient_checkpointing)
         *more, middle = self.net(self.picture.expand(len(x_t), -1, -1, -1), *rest)
-        run = partial(checkpoint, use_reentrant=False) if gradient_checkpointing else call
-        condition = unet.condition(x_t, t, text, text_mask)
-        h, skips = way_down(unet, unet.conv_in(x_t), condition, run)
+        layer = layers(gradient_checkpointing, *unet.condition(x_t, t, text, text_mask))
+        h, skips = way_down(unet, unet.conv_in(x_t), layer)
         h, skips = h + middle, [skip + m for skip, m in zip(skips, more, strict=True)]
         for level in unet.up_blocks:
             for i in range(len(level.resnets)):
-                h = run(level.layer, i, torch.cat([h, skips.pop()], dim=1), *condition)
+                h = layer(level, i, torch.cat([h, skips.pop()], dim=1))
             if hasattr(level, "upsamplers"):
                 h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
                 h = level.upsamplers[0]["conv"](h)
@@ -177,26 +175,12 @@ class Control(train.Denoiser):
         network.save_pretrained(folder)
 
 
-def parse_train(arguments: list[str]) -> train.Config:
-    """train.py's options with other defaults, and --model for its --init."""
-    about = "All other options are train.py's: see python train.py --help."
-    parser = argparse.ArgumentParser("appendix.control train", epilog=about, allow_abbrev=False)
-    add = parser.add_argument
-    add("--model", type=Path, default=sample.TINY, help="the model to control [tiny/model]")
-    add("--data", default="", help="stored data set to learn from [what tiny.compose makes]")
-    add("--out", default="runs/controlnet", help="the run's folder [runs/controlnet]")
-    add("--steps", type=int, default=5000, help="length of the run [5000]")
-    add("--batch-size", type=int, default=8, help="clips a rank and forward pass [8]")
-    add("--lr", type=float, default=1e-4, help="peak learning rate [1e-4]")
-    # Half of the captions are dropped, so that it learns to go by the signal (their section 3.3).
-    add("--caption-dropout", type=float, default=0.5, help="share of clips without caption [0.5]")
-    add("--val-clips", type=int, default=64, help="held-out clips for the loss [64]")
+def parse_args(arguments: list[str] | None = None) -> train.Config:
+    parser = make_parser(__doc__, epilog=f"and train.py's options: [{LOOP}]")
+    parser.add_argument("--model", default=sample.TINY, help="the one to control [tiny/model]")
     args, rest = parser.parse_known_args(arguments)
-    options = vars(args) | {"warmup_steps": args.steps // 20}
-    model = options.pop("model")
-    train.read_settings(model)  # FileNotFoundError if it is none
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return train.parse_args([f"--init={model}", *words, *rest])
+    train.read_settings(args.model)  # an error now if it is none
+    return train.parse_args([f"--init={args.model}", *LOOP.split(), *rest])
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -214,46 +198,9 @@ def add_control(model: sample.Model, folder: str | Path, wave: Tensor) -> sample
     return replace(model, unet=Controlled(model.unet, net, picture))
 
 
-def run_sample(arguments: list[str]) -> None:
-    parser = sample.make_parser("sample.py, following the loudness of a recording.")
-    add = parser.add_argument
-    add("--controlnet", required=True, metavar="FOLDER", help="what `train` made, RUN/model")
-    add("--control", required=True, metavar="AUDIO", help="recording whose loudness to follow")
-    args = parser.parse_args(arguments)
-    controlled = []
-
-    def make(model: sample.Model, prompts: list[str], controlnet, control, **settings) -> Tensor:
-        if not controlled:  # for the first batch
-            controlled.append(add_control(model, controlnet, latents.load_audio(control)))
-        return sample.generate(controlled[0], prompts, **settings)
-
-    for _, path, _ in sample.run(args, make, (*sample.SETTINGS, "controlnet", "control")):
-        tqdm.write(f"{path}\n", end="")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("appendix.control", description=__doc__, formatter_class=style)
-    parser.add_argument("command", choices=("train", "sample"), help="COMMAND --help: its options")
-    command, rest = parser.parse_args(arguments[:1]).command, arguments[1:]
-    try:
-        if command == "train":
-            folder = train.train(parse_train(rest), Control)
-            if os.environ.get("RANK", "0") == "0":
-                print(folder)
-        else:
-            run_sample(rest)
-    except KeyboardInterrupt:
-        again = "the same command goes on from the newest checkpoint"
-        sys.exit(f"\ninterrupted: {again if command == 'train' else 'the sounds so far are whole'}")
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"error: {str(e).splitlines()[0]} Take a smaller --batch-size")
-    except (ValueError, OSError, subprocess.CalledProcessError) as e:
-        sys.exit(f"error: {e}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with one_line_errors("the same command goes on from the last checkpoint"):
+        print(train.train(parse_args(arguments), Control))
 
 
 if __name__ == "__main__":

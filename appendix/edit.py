@@ -3,7 +3,8 @@
     python -m appendix.edit "rain" --init-audio bark.wav --keep 0-3,6-10   rain where it isn't kept
     python -m appendix.edit "a train passing by" --seconds 30              by windows that overlap
     python -m appendix.edit "rain" --to "applause" -n 5                    in five files
-    python -m appendix.edit "rain" --spectrogram --steps-image 1,15,30,45  P2, figure 8
+    python -m appendix.edit "rain" --control bark.wav --controlnet runs/controlnet/model
+    python -m appendix.edit "rain" --steps-image 1,15,30,45                P2, figure 8
 
 All other options are sample.py's, and all of these can be combined. Each is something wrapped
 around the U-Net, which sample.py then samples from as from any other:
@@ -13,17 +14,15 @@ around the U-Net, which sample.py then samples from as from any other:
     Between   a third prediction a step, for the other prompt z:
               ε = ε_∅ + s·((1 − w)·ε_y + w·ε_z − ε_∅), with w from 0 in the first file to 1
     Watched   shows x_t on its way from noise to sound
+              (and appendix/control.py's Controlled: as loud as a recording, frame by frame)
 
 Beyond 10.08 s windows follow each other by half their length: what is known of each is the second
 half of the one before. Of all this the papers have the picture of the steps.
 """
 
-import argparse
-import contextlib
 import io
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,10 +34,13 @@ from tqdm import tqdm
 import diffusion
 import latents
 import sample
+from appendix import one_line_errors
+from appendix.control import Controlled, add_control
 from latents import CLIP_SAMPLES, FRAMES, GRID, SAMPLE_RATE
+from train import numbers
 
 CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
-SETTINGS = (*sample.SETTINGS, "keep", "seconds", "to", "n")
+SETTINGS = (*sample.SETTINGS, "keep", "seconds", "to", "n", "control", "controlnet")
 
 
 # ---- around the U-Net: called with [2B, …], first half without, second half with the prompts -----
@@ -157,44 +159,23 @@ def generate(
     return model.wave(torch.cat(pieces, dim=2))[..., : round(seconds * SAMPLE_RATE)]
 
 
-# ---- pictures ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def picture(path: Path, title: str, rows: int, height: float) -> Iterator[Sequence]:
-    """Axes to draw on, below each other; then they are written as a PNG."""
+def save_steps(path: Path, seen: dict[int, Tensor], title: str) -> None:
+    """A PNG: latents x_t, {t: [C, 504]}, over frames and channels, from noise to sound."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(rows, figsize=(8, height), layout="constrained", squeeze=False)
-    yield axes[:, 0]
+    rows, size = len(seen), (8, 0.4 + 1.2 * len(seen))
+    figure, axes = plt.subplots(rows, figsize=size, layout="constrained", squeeze=False)
+    for axis, (t, x_t) in zip(axes[:, 0], sorted(seen.items(), reverse=True), strict=True):
+        axis.imshow(x_t.cpu(), origin="lower", aspect="auto", vmin=-3, vmax=3)
+        axis.set(xticks=[], yticks=[], ylabel=f"t = {t}")
     figure.suptitle(title[:80], parse_math=False)  # or "$" would begin a formula
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     plt.close(figure)
     latents.write_aside(sample.free_path(path), buffer.getvalue())
-
-
-def save_spectrogram(path: Path, wave: Tensor, title: str) -> None:
-    """A PNG: level in dB over time and frequency."""
-    window = torch.hann_window(1024)
-    spectrum = torch.stft(wave, 1024, 256, window=window, pad_mode="constant", return_complex=True)
-    decibel = 20 * torch.log10(spectrum.abs().clamp(min=1e-4))
-    limits = {"vmin": decibel.max() - 80, "vmax": decibel.max()}
-    limits["extent"] = (0, len(wave) / SAMPLE_RATE, 0, SAMPLE_RATE / 2000)
-    with picture(path, title, rows=1, height=3) as (axis,):
-        axis.imshow(decibel, origin="lower", aspect="auto", **limits)
-        axis.set(xlabel="seconds", ylabel="kHz")
-
-
-def save_steps(path: Path, seen: dict[int, Tensor], title: str) -> None:
-    """A PNG: latents x_t, {t: [C, 504]}, over frames and channels, from noise to sound."""
-    with picture(path, title, rows=len(seen), height=0.4 + 1.2 * len(seen)) as axes:
-        for axis, (t, x_t) in zip(axes, sorted(seen.items(), reverse=True), strict=True):
-            axis.imshow(x_t.cpu(), origin="lower", aspect="auto", vmin=-3, vmax=3)
-            axis.set(xticks=[], yticks=[], ylabel=f"t = {t}")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -206,22 +187,16 @@ def spans(text: str) -> list[tuple[float, float]]:
     return [(float(start), float(end)) for start, end in pairs]
 
 
-def step_numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = sample.make_parser(__doc__)
     parser.set_defaults(strength=None)
     add = parser.add_argument
-    add("--keep", type=spans, default=[], metavar="A-B,C-D", help="seconds of --init-audio to stay "
-        "as they are; --strength is 1 then, unless given")  # fmt: skip
+    add("--keep", type=spans, default=[], metavar="A-B,C-D", help="seconds of --init-audio to stay")
     add("--seconds", type=float, default=CLIP_SECONDS, help="length, at most 300 [10.08]")
-    add("--to", default="", metavar="PROMPT", help="with -n 2 or more: go from the prompt to this "
-        "one, with one and the same noise")  # fmt: skip
-    add("--spectrogram", action="store_true", help="write a PNG beside each WAV")
-    add("--steps-image", type=step_numbers, default=[], metavar="I,J,…", help="write a PNG of the "
-        "latent at these denoising steps, say 1,10,20,30,40,45")  # fmt: skip
+    add("--to", default="", metavar="PROMPT", help="with -n 2 or more: go from prompt to prompt")
+    add("--control", metavar="AUDIO", help="a recording whose loudness to follow, by")
+    add("--controlnet", metavar="FOLDER", help="a ControlNet, what appendix.control made")
+    add("--steps-image", type=numbers, default=(), metavar="I,J,…", help="PNGs of the latents")
     args = parser.parse_args(arguments)
     if args.strength is None:
         args.strength = 1.0 if args.keep else 0.8
@@ -229,15 +204,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--keep is for --init-audio")
     if args.to and args.n < 2:
         parser.error("--to needs -n 2 or more: that many sounds from the prompt to the other one")
+    if bool(args.control) != bool(args.controlnet):
+        parser.error("--control and --controlnet go together")
     if not 1 / SAMPLE_RATE <= args.seconds <= 300:
         parser.error(f"--seconds {args.seconds}: expected above 0, at most 300")
-    return args
-
-
-def run(args: argparse.Namespace) -> None:
     seen = {}  # sample -> {t: latent}
 
-    def make(model: sample.Model, prompts: list[str], **settings) -> Tensor:
+    def make(model: sample.Model, prompts: list[str], control, controlnet, **settings) -> Tensor:
+        if control and not isinstance(model.unet, Controlled):  # at the first batch
+            model.unet = add_control(model, controlnet, latents.load_audio(control)).unet
         timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), args.steps)
         if not all(1 <= i <= args.steps for i in args.steps_image):
             raise ValueError(f"--steps-image: expected steps of 1 to {args.steps}")
@@ -250,20 +225,11 @@ def run(args: argparse.Namespace) -> None:
 
         return generate(model, prompts, watch=watch, **settings)
 
-    for i, path, wave in sample.run(args, make, SETTINGS):
-        tqdm.write(f"{path}\n", end="")
-        if args.spectrogram:
-            save_spectrogram(path.with_suffix(".png"), wave, path.stem)
-        if i in seen:
-            save_steps(path.with_name(f"{path.stem}-steps.png"), seen.pop(i), path.stem)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
-    try:
-        run(args)
-    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
-        sys.exit(f"error: {e}" if str(e) else "\ninterrupted: the sounds so far are whole")
+    with one_line_errors("the sounds so far are whole"):
+        for i, path, _ in sample.run(args, make, SETTINGS):
+            tqdm.write(f"{path}\n", end="")
+            if i in seen:
+                save_steps(path.with_name(f"{path.stem}-steps.png"), seen.pop(i), path.stem)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ the field's second KL, over each class's own probability: no divergence, and it 
 
     python -m appendix.more_metrics GENERATED REFERENCE --clap laion/clap-htsat-unfused
 
-Folders, --table, cache and torchrun are as in evaluate.py. CLAP's captions are those of the table,
+Folders, --table and cache are as in evaluate.py. CLAP's captions are those of the table,
 or the prompts that sample.py left in its WAVs. The numbers go into OUT/more_metrics.json.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import evaluate
+from appendix import make_parser, one_line_errors, write_json
 from evaluate import frechet_distance, inception_score, kl_divergence
-from latents import SAMPLE_RATE, pick_device, read_table, resample, write_aside
+from latents import SAMPLE_RATE, pick_device, read_table, resample
 
 
 def extrapolated_frechet_distance(x: Tensor, y: Tensor, draws: int = 4, seed: int = 0) -> float:
@@ -64,12 +63,12 @@ def variants(generated: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def caption_of(path: Path) -> str:
-    """The prompt that sample.py leaves in a WAV's comment. ValueError if there is none."""
+    """The prompt that sample.py leaves in a WAV's comment; "" where there is none."""
     try:
         with soundfile.SoundFile(path) as file:
             return str(json.loads(file.comment)["prompt"])
-    except (soundfile.LibsndfileError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path}: no prompt in it; CLAP needs captions: give --table") from e
+    except (soundfile.LibsndfileError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 @torch.no_grad()
@@ -107,10 +106,8 @@ def clap_score(name: str, sounds: dict, captions: dict[str, str], device, **opti
 
 
 def run(args: argparse.Namespace) -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")
-    device = pick_device(args.device)
-    classifier, cache = evaluate.Cnn14.load(args.classifier).to(device), {"cache": args.cache}
+    device, cache = pick_device(args.device), {"cache": args.cache}
+    classifier = evaluate.Cnn14.load(args.classifier).to(device)
     clips = read_table(args.table) if args.table else []
     folders = {"generated": args.generated, "reference": args.reference}
     sets, _ = evaluate.in_common({k: evaluate.sounds_of(f, clips) for k, f in folders.items()})
@@ -122,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
     if args.clap:
         texts = {clip["id"]: clip["captions"][0] for clip in clips if clip["captions"]}
         texts = texts or {name: caption_of(path) for name, path in sets["generated"].items()}
+        if bare := [name for name in sets["generated"] if not texts.get(name)]:
+            raise ValueError(f"{bare[0]} has no caption, nor a prompt in its WAV: give --table")
         result |= clap_score(args.clap, sounds["generated"], texts, device, **cache)
     (x, p), (y, q) = (f.values.tensor_split([classifier.widths[-1]], 1) for f in (made, real))
     result["FD"] = frechet_distance(x, y)
@@ -129,17 +128,13 @@ def run(args: argparse.Namespace) -> None:
         result["FD, N → ∞"] = extrapolated_frechet_distance(x, y)
     if len(x) >= 10 and made.names == real.names:
         result |= variants(p, q)
-    if int(os.environ.get("RANK", 0)) == 0:
-        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-        path = (args.out or args.generated) / "more_metrics.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, text.encode())
-        print(f"{text}{path}")
+    path = (args.out or args.generated) / "more_metrics.json"
+    write_json(path, result)
+    print(f"{path.read_text()}{path}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("generated", type=Path, help="folder of generated sounds")
     add("reference", type=Path, help="folder of real sounds; those of the same name are pairs")
@@ -149,10 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--out", type=Path, help="folder for more_metrics.json [the generated one]")
     add("--cache", type=Path, default=evaluate.CACHE, help="as in evaluate.py")
     add("--device", help="cpu or cuda [cuda where there is one]")
-    try:
+    with one_line_errors():
         run(parser.parse_args(arguments))
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

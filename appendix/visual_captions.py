@@ -106,6 +106,9 @@ ENTAIL_TEXT = (
 )
 
 
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+
+
 # ---- the steps -----------------------------------------------------------------------------------
 
 
@@ -152,9 +155,7 @@ def frames(records, c):
     for record in records:
         start = record.get("start") or 0.0
         length = (record.get("end") or start + 10) - start
-        files = [
-            Path(c.videos, record["id"] + x) for x in (".mp4", ".mkv", ".webm", ".mov", ".avi")
-        ]
+        files = [Path(c.videos, record["id"] + x) for x in VIDEOS]
         video, pictures = next((file for file in files if file.is_file()), None), []
         # Where the segment isn't found, the video is taken to be the segment, cut out already.
         for begin in (start, 0.0) if video else ():

@@ -3,31 +3,14 @@
 import json
 
 import pytest
-import torch
 
 import evaluate
 from evaluate import Cnn14
-from latents import MelCodec
 from tests.conftest import save_model
 from tiny import adapted, judge
 from tiny.compose import HERE, Recordings
 
 pytestmark = pytest.mark.usefixtures("quick_sounds")
-
-
-def test_correlation():
-    a, b = torch.tensor([1.0, 2.0, 4.0, 3.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
-    for other, expected in ((3 * a - 7, 1), (-a, -1), (b, -0.5 / 3.75**0.5), (torch.ones(4), 0)):
-        assert adapted.correlation(a, other) == pytest.approx(expected)
-
-
-def test_loudness_follows_a_wave():
-    """A tone twice, the second time 20 dB louder: 1 more, from frame to frame."""
-    tone = torch.sin(torch.arange(161_280) * 0.3) * 0.02
-    tone[80_640:] *= 10
-    found = adapted.loudness_of(MelCodec(), tone)
-    assert found.shape == (504,)
-    assert found[260:500].mean() - found[5:245].mean() == pytest.approx(1, abs=0.05)
 
 
 def test_end_to_end(small, tmp_path, monkeypatch, capsys):

@@ -29,7 +29,6 @@ def test_fd_extrapolates_to_what_many_samples_would_give():
     assert abs(extrapolated(x, y)) < small / 4
     z, truth = 1.5 * y + 0.5, 24 * (0.5**2 + 0.5**2)
     assert abs(extrapolated(x, z) - truth) < abs(frechet_distance(x, z) - truth) / 2
-    assert extrapolated(x, z) == extrapolated(x, z)
 
 
 def test_common_mistakes():
@@ -86,18 +85,16 @@ def test_the_command(tmp_path):
         cosines.append((out.logits_per_audio / model.logit_scale_a.exp()).item())
     assert found["CLAP score"] == pytest.approx(np.mean(cosines), abs=1e-5)
 
-    with pytest.raises(SystemExit, match="0.wav: no prompt in it"):
+    with pytest.raises(SystemExit, match="0 has no caption, nor a prompt"):
         more_metrics.main([*map(str, (tmp_path / "real", tmp_path / "made", *options))])
 
 
-@pytest.mark.parametrize("kind", ["rand_trunc", "fusion"])
-def test_clap_hears_the_same_every_time(tmp_path, kind):
+def test_clap_hears_the_same_every_time(tmp_path):
     """Above 10 s transformers takes a part at random, and says of one clip of a batch at random
     that it is longer; here it is the beginning of each."""
-    fusion = {"enable_fusion": True, "aff_block_r": 1} if kind == "fusion" else {}
-    save_clap(tmp_path / "clap", kind, **fusion)
-    sounds = {str(i): partial(torch.Tensor.float, 0.1 * rng_normal(170_000, seed=i))
-              for i in range(2)}  # fmt: skip
+    save_clap(tmp_path / "clap", "fusion", enable_fusion=True, aff_block_r=1)
+    waves = [0.1 * rng_normal(170_000, seed=i).float() for i in range(2)]
+    sounds = {str(i): partial(torch.clone, wave) for i, wave in enumerate(waves)}
     arguments = (str(tmp_path / "clap"), sounds, {"0": "a", "1": "b"}, CPU)
-    scores = {more_metrics.clap_score(*arguments, cache=None)["CLAP score"] for _ in range(3)}
+    scores = {more_metrics.clap_score(*arguments, cache=None)["CLAP score"] for _ in range(2)}
     assert len(scores) == 1

@@ -50,7 +50,7 @@ def learn(method: str, arguments: list, args: argparse.Namespace) -> Path:
     options += ["--device", args.device] if args.device else []
     options += ["--steps", args.train_steps] if args.train_steps else []
     if method == "controlnet":
-        control.main(["train", *map(str, options)])
+        control.main([*map(str, options)])
     else:
         adapt.main([method, *map(str, options)])
     return run / "model"
@@ -65,7 +65,7 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[str, str, list]]:
     word = "textual-inversion", ["--token", "<new>", "--word", args.word]
     lora = "lora", ["--caption", the_sound]
     booth = "dreambooth", ["--token", "sks", "--word", args.word]
-    booth[1].extend(["--prior-steps", args.steps] if args.steps else [])
+    booth[1].extend(["--denoising-steps", args.steps] if args.steps else [])
     sets = {"before": (the_sound, "", []), "textual-inversion": ("The sound of <new>", *word)}
     sets |= {"lora": (the_sound, *lora), "dreambooth": (f"The sound of sks {args.word}", *booth)}
     sets["dreambooth-class"] = (the_sound, *booth)  # what it makes of the class itself
