@@ -429,18 +429,8 @@ def options_for(description: str, steps: dict) -> argparse.ArgumentParser:
     add("--temperature", type=number(float, 0), default=0.0, help="of the LLM; 0: greedy [0]")
     add("--seed", type=natural, default=0, help="of what the LLM draws [0]")
     add("--score", choices=("llm", "t5", "bert"), default="bert", help="what filter reads [bert]")
-    add(
-        "--threshold",
-        type=number(float, 0, 1),
-        default=0.3,
-        help="a lower score fails [0.3]",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        default=16,
-        help="records at a time: what a kill loses [16]",
-    )
+    add("--threshold", type=number(float, 0, 1), default=0.3, help="a lower score fails [0.3]")
+    add("--batch-size", type=positive, default=16, help="records at a time: what a kill loses [16]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     return parser
 

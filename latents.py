@@ -859,12 +859,7 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
     add("--codec", choices=["encodec", "mel"], default="encodec", help="default: encodec")
     add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
     add("--several-clips", action="store_true", help="all of a long file, not its first 10.08 s")
-    add(
-        "--batch-size",
-        type=positive,
-        default=16,
-        help="clips encoded at a time (default: 16)",
-    )
+    add("--batch-size", type=positive, default=16, help="clips encoded at a time (default: 16)")
     add("--workers", type=natural, default=2, help="processes that load audio (default: 2)")
     add("--device", help="default: cuda (under torchrun, one GPU a rank) if there is one, else cpu")
     add("--encodec-weights", type=Path, help="encodec_24khz-d7cc33bc.th, or its folder")

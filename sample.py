@@ -212,12 +212,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--sampler", choices=SAMPLERS, default="pndm", help="[pndm]")
     add("--negative", default="", help="prompt to lead away from")
     add("--init-audio", type=Path, help="recording to start from (image-to-image)")
-    add(
-        "--strength",
-        type=number(float, 0, 1),
-        default=0.8,
-        help="how far from it [0.8]",
-    )
+    add("--strength", type=number(float, 0, 1), default=0.8, help="how far from it [0.8]")
     add("--batch-size", type=positive, default=8, help="sounds at a time [8]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the U-Net [auto]")

@@ -525,7 +525,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         if kind in (int, float):
             how["type"] = latents.number(kind, f.metadata["low"], f.metadata["high"])
         elif kind is tuple:
-            how["type"] = lambda text: tuple(map(int, text.split(",")))  # "128,192" -> (128, 192)
+            how["type"] = numbers
         elif kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         defaults = dict.fromkeys(str(getattr(preset, f.name)) for preset in PRESETS.values())
@@ -540,6 +540,11 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         if values[name] and Path(values[name]).exists():  # else a hub id
             values[name] = str(Path(values[name]).resolve())  # from anywhere, and ./x is x
     return Config(**values)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """ "128,192" -> (128, 192)"""
+    return tuple(map(int, text.split(",")))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -49,7 +49,16 @@ import latents
 import sample
 import train
 from appendix import make_parser, markdown, one_line_errors, write_json
-from latents import LatentDataset, LatentStats, MelCodec, read_json, to_grid, to_sequence
+from latents import (
+    LatentDataset,
+    LatentStats,
+    MelCodec,
+    natural,
+    positive,
+    read_json,
+    to_grid,
+    to_sequence,
+)
 from tiny import judge
 from tiny.compose import CLIPS, HERE, Recordings, draw_scenes
 from train import Denoiser
@@ -337,7 +346,7 @@ class Judge:
         options = argparse.Namespace(**about, seed=0, batch_size=16)
         judge.write_generated(folder, self.prompts, model, options)
         given = [folder, self.reference, "--classifier", self.args.classifier]
-        given += ["--device", model.device.type, "--cache", self.args.out / "features"]
+        given += ["--device", model.device.type]
         evaluate.main([*map(str, given)])
         row = read_json(folder / "metrics.json", "sets")["sets"]["generated"]
         return {key: row[key] for key in row if key.split("_")[0] in ("FD", "IS", "KL")} | about
@@ -402,11 +411,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, epilog=f"and train.py's options: [{LOOP}]")
     add = parser.add_argument
     add("name", choices=(*ABLATIONS, "table"), help="which one; table: show what is on disk")
-    add("--seeds", type=int, nargs="+", default=[0], help="of what is trained [0]")
+    add("--seeds", type=natural, nargs="+", default=[0], help="of what is trained [0]")
     add("--model", type=Path, default=HERE / "model", help="to start from [tiny/model]")
     add("--captions", nargs="+", default=[], metavar="FILE", help="of captions.py's filter")
     add("--classifier", type=Path, help="as for evaluate.py [tiny/classifier.safetensors, if any]")
-    add("--clips", type=int, default=256, help="sounds to score an arm by [256]")
+    add("--clips", type=positive, default=256, help="sounds to score an arm by [256]")
     add("--out", type=Path, default=Path("runs/ablations"), help="folder [runs/ablations]")
     args, rest = parser.parse_known_args(arguments)
     args.loop = train.parse_args([f"--init={args.model}", *LOOP.split(), *rest])

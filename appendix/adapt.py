@@ -50,6 +50,7 @@ import train
 from appendix import make_parser, one_line_errors, read_tensors
 from captions import TextEncoder
 from evaluate import sounds_of
+from latents import natural, number, positive
 from unet import WEIGHTS, UNet
 
 WORDS, LORA = "words.safetensors", "pytorch_lora_weights.safetensors"
@@ -233,7 +234,7 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> tuple[Config, type[Ada
         records *= max(1, args.prior_clips // max(1, len(records)))
         records += own_clips(args, c, caption)
         more |= {"class_caption": caption, "prior_weight": args.prior_weight}
-        if not (data / "codec.json").is_file():
+        if not (data / "latent_stats.safetensors").is_file():
             model = sample.load_model(args.model, c.device or None, c.encodec_weights or None)
 
     def load(row: dict) -> Tensor:
@@ -352,13 +353,13 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         elif method == "lora":
             source.add_argument("--data", type=Path, help="or a stored data set, with captions")
             add("--caption", help="of all recordings, where there is no table")
-            add("--rank", type=int, default=8, help="of its matrices [8]")
+            add("--rank", type=positive, default=8, help="of its matrices [8]")
         elif method == "dreambooth":
             add("--token", required=True, help="a rare word, such as: sks")
             add("--word", required=True, help="what class of sound it is, such as: dog")
-            add("--prior-clips", type=int, default=64, help="the model's own, of the class [64]")
-            add("--prior-weight", type=float, default=1.0, help="the λ of their loss [1]")
-            add("--rank", type=int, default=0, help="of LoRA's matrices [0: all weights]")
+            add("--prior-clips", type=natural, default=64, help="the model's own clips [64]")
+            add("--prior-weight", type=number(float, 0), default=1.0, help="λ of their loss [1]")
+            add("--rank", type=natural, default=0, help="of LoRA's matrices [0: all weights]")
         else:
             add("--lora", type=file_and_scale, nargs="+", default=[], metavar="FILE[:SCALE]")
             add("--words", type=Path, nargs="+", default=[], metavar="FILE")

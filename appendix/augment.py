@@ -56,7 +56,7 @@ from appendix import adapt, classify, make_parser, markdown, one_line_errors, wr
 from appendix.ablations import train_once
 from appendix.classify import LogMelCodec, balanced, labels_of, open_features
 from evaluate import file_sha256
-from latents import LatentDataset, template
+from latents import LatentDataset, natural, number, positive, template
 from train import TINY
 from unet import WEIGHTS
 
@@ -291,21 +291,26 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--audio", type=Path, help="folder of real clips [scenes of tiny/]")
     add("--table", type=Path, help="their labels, as for latents.py encode")
     add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
-    add("--per-class", type=int, default=8, help="real clips of a class at least; 0: all [8]")
-    add("--workers", type=int, default=2, help="processes that read real clips [2]")
+    add("--per-class", type=natural, default=8, help="real clips of a class at least; 0: all [8]")
+    add("--workers", type=natural, default=2, help="processes that read real clips [2]")
     add("--clips-only", action="store_true", help="no taggers")
     add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of generated clips [both]")
     add("--model", type=Path, default=TINY / "model", help="that generates [tiny/model]")
-    add("--times", type=int, default=2, help="generated clips for each real one [2]")
-    add("--inversion-steps", type=int, default=1000, help="to learn words not known yet [1000]")
-    add("--strength", type=float, default=0.5, help="of image-to-image [0.5]")
-    add("--guidance", type=float, help="[the model's own]")
+    add("--times", type=positive, default=2, help="generated clips for each real one [2]")
+    add("--inversion-steps", type=positive, default=1000, help="to learn new words [1000]")
+    add("--strength", type=number(float, 0, 1), default=0.5, help="of image-to-image [0.5]")
+    add("--guidance", type=number(float, 0), help="[the model's own]")
     add("--test", type=Path, help="features to test on [of tiny/'s held-out scenes]")
     add("--taggers", nargs="+", default=["taltrans:128", "cnn14:8"], help="[taltrans:128 cnn14:8]")
     add("--sets", nargs="+", choices=SETS, default=list(SETS), help="[all]")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the taggers [0 1 2]")
-    add("--alpha", type=float, default=0.5, help="probability of a generated clip [0.5]")
-    add("--factor", type=float, default=2.0, help="how much more often the worst are drawn [2]")
+    add("--seeds", nargs="+", type=natural, default=[0, 1, 2], help="of the taggers [0 1 2]")
+    add("--alpha", type=number(float, 0, 1), default=0.5, help="of a generated clip [0.5]")
+    add(
+        "--factor",
+        type=number(float, 1),
+        default=2.0,
+        help="by which the worst come more often [2]",
+    )
     args, rest = parser.parse_known_args(arguments)
     args.loop = train.parse_args([*classify.RECIPE.split(), *LOOP.split(), *rest])
     if bool(args.audio) != bool(args.table) or bool(args.audio) > bool(args.test):

@@ -44,7 +44,7 @@ from pathlib import Path
 
 from appendix import make_parser, markdown, one_line_errors, write_json
 from appendix.report import mp3_url, page, table
-from latents import find_audio, load_audio, read_json, read_table, write_aside
+from latents import find_audio, load_audio, natural, positive, read_json, read_table, write_aside
 
 Words = list[str]
 
@@ -433,8 +433,8 @@ def main(arguments: list[str] | None = None) -> None:
     add = rating.add_argument
     add("--audio", type=Path, required=True, help="folder of sounds, ID.wav or so")
     add("--references", type=Path, help="JSONL or CSV, to show the first of each clip")
-    add("--clips", type=int, default=500, help="at most [500]")
-    add("--seed", type=int, default=0, help="of the sample and the order [0]")
+    add("--clips", type=positive, default=500, help="at most [500]")
+    add("--seed", type=natural, default=0, help="of the sample and the order [0]")
     rating.set_defaults(run=rate_command)
     averaging = commands.add_parser("average", help="raters' CSVs -> mean scores by system")
     averaging.add_argument("ratings", nargs="+", type=Path, help="what the page has saved")

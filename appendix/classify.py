@@ -40,7 +40,7 @@ import latents
 import train
 from appendix import make_parser, one_line_errors, read_tensors
 from evaluate import Cnn14, ConvBlock, log_mel, mel_matrix
-from latents import LatentDataset, write_aside
+from latents import LatentDataset, natural, number, write_aside
 from train import TINY
 
 FRAMES = 1009  # of a clip, one every 10 ms
@@ -80,7 +80,7 @@ def tiny_features(split: str) -> Path:
     from tiny.compose import CLIPS, Recordings, draw_scenes, load_clips
 
     folder = TINY / "data" / f"log-mel-{split}"
-    if not (folder / "codec.json").is_file():
+    if not (folder / "latent_stats.safetensors").is_file():
         recordings = Recordings(TINY / "recordings.csv", split)
         scenes = draw_scenes(recordings, split, CLIPS[split], seed=0)
         print(f"{folder}: {len(scenes)} scenes")
@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("table", type=Path, help="as for `latents.py encode`")
     add("--out", type=Path, required=True)
     add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
-    add("--workers", type=int, default=2)
+    add("--workers", type=natural, default=2)
     more = {"epilog": f"and train.py's options: [{RECIPE}]", "allow_abbrev": False}
     command = commands.add_parser("train", help="features -> tagger, scores", **more)
     command.set_defaults(run=train_command)
@@ -389,8 +389,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--test", type=Path, help="features to test on [of tiny/'s held-out scenes]")
     sizes = " ".join(f"{name}:{width}" for name, width in WIDTHS.items())
     add("--model", default="cnn14", help=f"NAME[:WIDTH], one of {sizes} [cnn14]")
-    for name, value in (("mixup", 0.5), ("time-mask", 192), ("mel-mask", 24)):
-        add(f"--{name}", type=type(value), default=value, help=f"[{value}]")
+    add("--mixup", type=number(float, 0, 1), default=0.5, help="share of clips [0.5]")
+    add("--time-mask", type=natural, default=192, help="[192]")
+    add("--mel-mask", type=natural, default=24, help="[24]")
     args, rest = parser.parse_known_args(arguments)
     if rest and args.run != train_command:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -36,7 +36,7 @@ import latents
 import sample
 from appendix import one_line_errors
 from appendix.control import Controlled, add_control
-from latents import CLIP_SAMPLES, FRAMES, GRID, SAMPLE_RATE
+from latents import CLIP_SAMPLES, FRAMES, GRID, SAMPLE_RATE, number
 from train import numbers
 
 CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
@@ -153,9 +153,9 @@ def generate(
     # of any other its first half. Rows of the grid are time: a row is 0.42 s.
     half = GRID[0] // 2
     kept = (torch.arange(GRID[0], device=model.device) < half)[:, None]  # [24, 1]
-    for number in range(1, 1 + math.ceil(max(0.0, seconds / CLIP_SECONDS - 1) * 2)):
+    for i in range(1, 1 + math.ceil(max(0.0, seconds / CLIP_SECONDS - 1) * 2)):
         known = F.pad(pieces[-1][..., -half:, :], (0, 0, 0, half))
-        pieces.append(window(number, None, known, kept)[..., half:, :])
+        pieces.append(window(i, None, known, kept)[..., half:, :])
     return model.wave(torch.cat(pieces, dim=2))[..., : round(seconds * SAMPLE_RATE)]
 
 
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.set_defaults(strength=None)
     add = parser.add_argument
     add("--keep", type=spans, default=[], metavar="A-B,C-D", help="seconds of --init-audio to stay")
-    add("--seconds", type=float, default=CLIP_SECONDS, help="length, at most 300 [10.08]")
+    add("--seconds", type=number(float, 1, 300), default=CLIP_SECONDS, help="length [10.08]")
     add("--to", default="", metavar="PROMPT", help="with -n 2 or more: go from prompt to prompt")
     add("--control", metavar="AUDIO", help="a recording whose loudness to follow, by")
     add("--controlnet", metavar="FOLDER", help="a ControlNet, what appendix.control made")

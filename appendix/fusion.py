@@ -43,7 +43,7 @@ import latents
 import train
 from appendix import classify, make_parser, markdown, one_line_errors, write_json
 from appendix.classify import LogMelCodec, TALTrans, labels_of, load_tagger, targets_of
-from latents import LatentDataset
+from latents import LatentDataset, natural, number, positive
 
 BLOCKS = 21  # states of an audio clip: one for 0.48 s
 # At a rate of 3e-3 attention was still on its way after these steps.
@@ -257,11 +257,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--test", type=Path, help="the same, to test on")
     add("--video", type=Path, help="train: features, a folder of ID.npy")
     add("--scores", type=Path, help="train: records with entailment scores")
-    add("--noise", type=float, default=2.0, help="simulate: std of a frame; of a class: 1 [2]")
+    add("--noise", type=number(float, 0), default=2.0, help="simulate: std of a frame [2]")
     add("--tagger", type=Path, help="a taltrans: its states are what is heard [the latents]")
-    add("--clips", type=int, default=3000, help="of each set the first so many [3000]")
-    add("--width", type=int, default=64, help="of h [64]")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
+    add("--clips", type=positive, default=3000, help="of each set the first so many [3000]")
+    add("--width", type=positive, default=64, help="of h [64]")
+    add("--seeds", nargs="+", type=natural, default=[0, 1, 2], help="[0 1 2]")
     add("--out", type=Path, default=Path("runs/fusion"), help="folder [runs/fusion]")
     args, rest = parser.parse_known_args(arguments)
     args.loop = train.parse_args([*LOOP.split(), *rest])

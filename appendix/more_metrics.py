@@ -72,9 +72,9 @@ def caption_of(path: Path) -> str:
 
 
 @torch.no_grad()
-def clap_score(name: str, sounds: dict, captions: dict[str, str], device, **options) -> dict:
-    """Mean cosine of CLAP's embeddings of sounds and captions. `name`: folder or hub id; options:
-    those of `evaluate.embed`. Comparable for one checkpoint only, so its hash stands beside it."""
+def clap_score(name: str, sounds: dict, captions: dict[str, str], device) -> dict:
+    """Mean cosine of CLAP's embeddings of sounds and captions. `name`: folder or hub id. Comparable
+    for one checkpoint only, so its hash stands beside it."""
     from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
     model, info = ClapModel.from_pretrained(name, output_loading_info=True, weights_only=True)
@@ -95,8 +95,7 @@ def clap_score(name: str, sounds: dict, captions: dict[str, str], device, **opti
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    tag = f"clap {digest.hexdigest()} {extractor.to_json_string()} {evaluate.file_sha256(__file__)}"
-    heard = evaluate.embed(sounds, listen, tag, title="CLAP", **options)
+    heard = evaluate.embed(sounds, listen, "CLAP")
     tokenizer, cosines = AutoTokenizer.from_pretrained(name), []
     for n, audio in zip(heard.names, heard.values, strict=True):
         text = tokenizer(captions[n], truncation=True, return_tensors="pt").to(device)
@@ -106,14 +105,14 @@ def clap_score(name: str, sounds: dict, captions: dict[str, str], device, **opti
 
 
 def run(args: argparse.Namespace) -> None:
-    device, cache = pick_device(args.device), {"cache": args.cache}
+    device = pick_device(args.device)
     classifier = evaluate.Cnn14.load(args.classifier).to(device)
     clips = read_table(args.table) if args.table else []
     folders = {"generated": args.generated, "reference": args.reference}
     sets, _ = evaluate.in_common({k: evaluate.sounds_of(f, clips) for k, f in folders.items()})
     load = evaluate.load_sound
     sounds = {k: {n: partial(load, path) for n, path in x.items()} for k, x in sets.items()}
-    made, real = (evaluate.hear(sounds[k], classifier, title=k, **cache) for k in folders)
+    made, real = (evaluate.hear(sounds[k], classifier, k) for k in folders)
     result = {"command": " ".join(["python", "-m", *sys.argv]), "N": len(made.names)}
     result |= {"classifier": str(args.classifier), "classifier's sha256": classifier.sha256}
     if args.clap:
@@ -121,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         texts = texts or {name: caption_of(path) for name, path in sets["generated"].items()}
         if bare := [name for name in sets["generated"] if not texts.get(name)]:
             raise ValueError(f"{bare[0]} has no caption, nor a prompt in its WAV: give --table")
-        result |= clap_score(args.clap, sounds["generated"], texts, device, **cache)
+        result |= clap_score(args.clap, sounds["generated"], texts, device)
     (x, p), (y, q) = (f.values.tensor_split([classifier.widths[-1]], 1) for f in (made, real))
     result["FD"] = frechet_distance(x, y)
     if min(len(x), len(y)) >= 16:
@@ -142,7 +141,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--table", type=Path, help="table of clips with ids and captions: which to take")
     add("--clap", metavar="MODEL", help="CLAP score by this folder or hub id")
     add("--out", type=Path, help="folder for more_metrics.json [the generated one]")
-    add("--cache", type=Path, default=evaluate.CACHE, help="as in evaluate.py")
     add("--device", help="cpu or cuda [cuda where there is one]")
     with one_line_errors():
         run(parser.parse_args(arguments))

@@ -23,7 +23,15 @@ from tqdm import tqdm
 import evaluate
 from appendix import make_parser, one_line_errors
 from appendix.more_metrics import caption_of
-from latents import CLIP_SAMPLES, SAMPLE_RATE, load_audio, read_json, read_table, write_aside
+from latents import (
+    CLIP_SAMPLES,
+    SAMPLE_RATE,
+    load_audio,
+    positive,
+    read_json,
+    read_table,
+    write_aside,
+)
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -144,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("reference", type=Path, nargs="?", help="folder of real sounds of the same names")
     add("--table", type=Path, help="CSV of name (or youtube_id) and caption")
     add("--metrics", type=Path, help="evaluate.py's file [GENERATED/metrics.json]")
-    add("--clips", type=int, default=40, help="pairs on the page, evenly spaced by name [40]")
+    add("--clips", type=positive, default=40, help="pairs on the page, evenly spaced by name [40]")
     add("--out", type=Path, default=Path("report.html"), help="the page [report.html]")
     add("--efficiency", action="store_true", help="print a model's costs instead")
     add("--model", type=Path, help="model folder, for --efficiency")

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-import evaluate
 from evaluate import Cnn14
 from tests.conftest import save_model
 from tiny import adapted, judge
@@ -14,7 +13,6 @@ pytestmark = pytest.mark.usefixtures("quick_sounds")
 
 
 def test_end_to_end(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(evaluate.embed.__wrapped__.__kwdefaults__, "cache", tmp_path / "cache")
     monkeypatch.setattr(adapted, "LEARN", 2)
     learn, few = adapted.learn, {"dreambooth": ["--prior-clips", 2], "controlnet": []}
     monkeypatch.setattr(adapted, "learn", lambda m, x, args: learn(m, [*x, *few[m]], args))

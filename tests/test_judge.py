@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import save_model
 
-import evaluate
 from evaluate import Cnn14
 from latents import MelCodec, save_audio
 from tiny import judge
@@ -106,7 +105,6 @@ def test_end_to_end(tmp_path, monkeypatch, capsys, one_thread):
     recordings = Few(HERE / "recordings.csv", "test")
     monkeypatch.setattr(judge, "Recordings", Few)
     monkeypatch.setattr(MelCodec, "iterations", 1)
-    monkeypatch.setitem(evaluate.embed.__wrapped__.__kwdefaults__, "cache", tmp_path / "cache")
     save_model(tmp_path / "model")
     about = json.loads((tmp_path / "model" / "model.json").read_text())
     about = json.dumps(about | {"denoising_steps": 2, "guidance": 1.0})

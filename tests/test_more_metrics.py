@@ -66,7 +66,7 @@ def test_the_command(tmp_path):
         for i in range(10):
             wave, about = 0.1 * rng_normal(33_000, seed=seed + i), json.dumps({"prompt": f"{i} a"})
             save_audio(tmp_path / kind / f"{i}.wav", wave, about if kind == "made" else None)
-    options = ["--classifier", tmp_path / "classifier.safetensors", "--cache", tmp_path / "cache"]
+    options = ["--classifier", tmp_path / "classifier.safetensors"]
     options += ["--clap", tmp_path / "clap", "--device", "cpu"]
     more_metrics.main([*map(str, (tmp_path / "made", tmp_path / "real", *options))])
     found = json.loads((tmp_path / "made" / "more_metrics.json").read_text())
@@ -96,5 +96,5 @@ def test_clap_hears_the_same_every_time(tmp_path):
     waves = [0.1 * rng_normal(170_000, seed=i).float() for i in range(2)]
     sounds = {str(i): partial(torch.clone, wave) for i, wave in enumerate(waves)}
     arguments = (str(tmp_path / "clap"), sounds, {"0": "a", "1": "b"}, CPU)
-    scores = {more_metrics.clap_score(*arguments, cache=None)["CLAP score"] for _ in range(2)}
+    scores = {more_metrics.clap_score(*arguments)["CLAP score"] for _ in range(2)}
     assert len(scores) == 1

@@ -12,6 +12,7 @@ from latents import number
 ROOT = pathlib.Path(__file__).parent.parent
 CORE = ("latents", "captions", "train", "sample", "evaluate")
 APPENDIX = [f"appendix.{p.stem}" for p in sorted(ROOT.glob("appendix/*.py")) if p.stem[0] != "_"]
+TINY = ("tiny.adapted", "tiny.compose", "tiny.judge")
 
 
 class Stopped(Exception):
@@ -36,7 +37,7 @@ def parsers(script: str, monkeypatch) -> list[argparse.ArgumentParser]:
     return found
 
 
-@pytest.mark.parametrize("script", (*CORE, *APPENDIX))
+@pytest.mark.parametrize("script", (*CORE, *APPENDIX, *TINY))
 def test_numbers_have_bounds(script, monkeypatch):
     for parser in parsers(script, monkeypatch):
         for action in parser._actions:

@@ -35,6 +35,7 @@ import evaluate
 import latents
 import sample
 from appendix import adapt, control
+from latents import natural, number, positive
 from tiny import judge
 from tiny.compose import HERE, Recordings, draw_scenes
 
@@ -233,13 +234,13 @@ def main(arguments: list[str] | None = None) -> None:
         help="[tiny/classifier.safetensors]")  # fmt: skip
     add("--out", type=Path, default=Path("runs/adapted"), help="folder [runs/adapted]")
     add("--data", type=Path, help="what a ControlNet learns from [the tiny data set]")
-    add("--train-steps", type=int, help="[adapt.py's own; controlnet: 2000]")
-    add("--clips", type=int, default=32, help="sounds of each set [32]")
-    add("--seed", type=int, default=0, help="of the sounds [0]")
-    add("--steps", type=int, help="denoising steps [the model's own]")
-    add("--guidance", type=float, help="[the model's own]")
+    add("--train-steps", type=positive, help="[adapt.py's own; controlnet: 2000]")
+    add("--clips", type=positive, default=32, help="sounds of each set [32]")
+    add("--seed", type=natural, default=0, help="of the sounds [0]")
+    add("--steps", type=positive, help="denoising steps [the model's own]")
+    add("--guidance", type=number(float, 0), help="[the model's own]")
     add("--sampler", choices=("pndm", "ddim", "ddpm"), default="pndm", help="[pndm]")
-    add("--batch-size", type=int, default=16, help="sounds at a time [16]")
+    add("--batch-size", type=positive, default=16, help="sounds at a time [16]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     args = parser.parse_args(arguments)
     if args.clips < 3 or (args.train_steps or 1) < 1:

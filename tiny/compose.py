@@ -38,7 +38,15 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from latents import CLIP_SAMPLES, SAMPLE_RATE, MelCodec, encode_dataset, load_audio
+from latents import (
+    CLIP_SAMPLES,
+    SAMPLE_RATE,
+    MelCodec,
+    encode_dataset,
+    load_audio,
+    natural,
+    positive,
+)
 from tiny.wording import draw_captions, read_wording
 
 HERE = Path(__file__).resolve().parent
@@ -337,10 +345,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compose scenes and store them as a data set.")
     parser.add_argument("--out", type=Path, help="folder (default: tiny/data/SPLIT, both splits)")
     parser.add_argument("--split", choices=list(CLIPS), help="recordings used (default: train)")
-    parser.add_argument("--clips", type=int, help=f"number of scenes (default: {CLIPS})")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clips", type=positive, help=f"number of scenes (default: {CLIPS})")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--recordings", type=Path, default=HERE / "recordings.csv")
-    parser.add_argument("--workers", type=int, default=2, help="processes that compose")
+    parser.add_argument("--workers", type=natural, default=2, help="processes that compose")
     args = parser.parse_args()
     if args.clips is not None and args.clips < 1 or args.workers < 0 or args.seed < 0:
         parser.error("--clips takes 1 or more, --workers and --seed 0 or more")

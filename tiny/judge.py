@@ -39,7 +39,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
-from latents import FRAMES, GRID, MelCodec, load_audio, read_json, save_audio, to_clip, write_aside
+from latents import (
+    FRAMES,
+    GRID,
+    MelCodec,
+    load_audio,
+    natural,
+    number,
+    positive,
+    read_json,
+    save_audio,
+    to_clip,
+    write_aside,
+)
 from sample import generate, load_model
 from tiny.compose import HERE, Recordings, compose_scene, draw_layers, draw_scenes
 from train import must_agree
@@ -293,13 +305,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--classifier", type=Path, default=evaluate.CLASSIFIER, help="[tiny/classifier.safetensors]"
     )
     add("--out", type=Path, default=Path("runs/judge"), help="folder [runs/judge]")
-    add("--scenes", type=int, default=256, help="clips of each of the sets, 20 or more [256]")
-    add("--clips", type=int, default=8, help="clips of each class [8]")
-    add("--seed", type=int, default=0, help="of the generated sounds [0]")
-    add("--steps", type=int, help="denoising steps [the model's own]")
-    add("--guidance", type=float, help="[the model's own]")
+    add("--scenes", type=number(int, 20), default=256, help="clips of each of the sets [256]")
+    add("--clips", type=positive, default=8, help="clips of each class [8]")
+    add("--seed", type=natural, default=0, help="of the generated sounds [0]")
+    add("--steps", type=positive, help="denoising steps [the model's own]")
+    add("--guidance", type=number(float, 0), help="[the model's own]")
     add("--sampler", choices=("pndm", "ddim", "ddpm"), default="pndm", help="[pndm]")
-    add("--batch-size", type=int, default=32, help="sounds at a time [32]")
+    add("--batch-size", type=positive, default=32, help="sounds at a time [32]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     args = parser.parse_args(arguments)
     try:
