@@ -35,6 +35,7 @@ import os
 import platform
 import re
 import sys
+import tokenize
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -807,7 +808,7 @@ class LatentDataset:
         try:
             self.codes = np.load(self.folder / "codes.npy", "r")
             self.text = np.memmap(self.folder / "clips.jsonl", np.uint8, "r")
-        except (ValueError, EOFError, OverflowError) as e:
+        except (ValueError, EOFError, OverflowError, SyntaxError, tokenize.TokenError) as e:
             raise ValueError(f"{folder}: damaged ({e!r:.120})") from e
         pieces = range(0, len(self.text), 2**26)  # of 64 MB
         ends = [i + 1 + np.flatnonzero(self.text[i : i + 2**26] == ord("\n")) for i in pieces]

@@ -57,6 +57,8 @@ class UNetConfig:
                 f"block_out_channels {widths}, attention {self.attention}: expected one value for "
                 f"each level, and multiples of 32 and of num_heads, {heads}"
             )
+        if not 1 <= self.layers_per_block <= 100:
+            raise ValueError(f"layers_per_block {self.layers_per_block}: expected 1 to 100")
 
 
 class TimeEmbedding(nn.Module):

@@ -1,4 +1,4 @@
-"""All tests run on the CPU, on few threads, and must not reach a network."""
+"""All tests run on the CPU, on one thread, and must not reach a network."""
 
 import os
 
@@ -22,23 +22,12 @@ from unet import UNet, UNetConfig
 torch.set_num_threads(1)  # two would wait for each other on a busy machine
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def quick_sounds():
-    """Two rounds of Griffin-Lim instead of 16, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Two rounds of Griffin-Lim instead of 16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MelCodec, "iterations", 2)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,12 +43,21 @@ def ffmpeg(tmp_path_factory):
         yield
 
 
-def save_bert(folder):
+class Bomb:
+    """A pickle of it calls a function, such as os.mkdir, as soon as it is loaded."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def save_bert(folder, letters=string.ascii_lowercase, positions=64):
     """A random text encoder, 32 wide, that knows letters."""
-    letters = [*string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": positions}
     BertModel(BertConfig(vocab_size=len(pieces), **sizes)).save_pretrained(folder)
     BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}).save_pretrained(folder)
 
@@ -89,8 +87,9 @@ def small(tmp_path_factory):
     for i in range(24):
         label = "low" if i % 8 < 6 else "high"
         captions = [f"a {label} tone", f"tone number {i % 8}"]
-        row = {"id": f"tone-{i}", "file": f"{i}.wav", "captions": captions, "labels": [label]}
-        rows.append(row)
+        rows.append(
+            {"id": f"tone-{i}", "file": f"{i}.wav", "captions": captions, "labels": [label]}
+        )
 
     def load_clips(row):
         i = int(row["id"].removeprefix("tone-"))
@@ -98,16 +97,8 @@ def small(tmp_path_factory):
         return (phase % 1 - 0.5)[None] * 0.8 / (1 + i // 8)
 
     encode_dataset(folder / "data", MelCodec(), rows, load_clips, batch_size=8)
-
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.digits, *string.ascii_lowercase]
-    pieces += ["##" + letter for letter in string.digits + string.ascii_lowercase]
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "vocab_size": len(pieces), "max_position_embeddings": 32}
-    BertModel(BertConfig(**sizes)).save_pretrained(folder / "bert")
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    BertTokenizer(vocab=vocabulary).save_pretrained(folder / "bert")
-
+    save_bert(folder / "bert", string.digits + string.ascii_lowercase)
     options = f"--data {folder}/data --text-encoder {folder}/bert --max-length 16 "
     options += "--block-out-channels 32,32 --attention 0,1 --num-heads 2 --cross-attention-dim 24 "
     options += "--batch-size 4 --warmup-steps 2 --lr 1e-3 --precision fp32 --device cpu "

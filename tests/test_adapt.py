@@ -274,7 +274,7 @@ def test_mistakes(root, begin, tmp_path, monkeypatch, capsys):
     ):
         Path(file).write_bytes(data)
     for arguments, part, status in (
-        (f"lora {audio} --caption x --rank 0", "--rank 0: expected 1 or more", 2),
+        (f"lora {audio} --caption x --rank 0", "--rank: 0: expected 1 to inf", 2),
         ("merge --out x --lr 1", "unrecognized arguments: --lr", 2),
         (f"textual-inversion {audio} --each-label", "no labels", 1),
         (f"textual-inversion {audio} --token <k> --word 3☃", "'3☃': not words that", 1),

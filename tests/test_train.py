@@ -37,8 +37,6 @@ NEW_LAYERS = ("conv_in.", "conv_out.", "encoder_hid_proj.")
 EIGHT = "--steps 8 --checkpoint-every 3 --frozen-steps 4 --validate-every 4".split()
 TWO = "--accumulate 2 --batch-size 1".split()  # for each of two ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory):

@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--classifier", type=Path, default=evaluate.CLASSIFIER, help="[tiny/classifier.safetensors]"
     )
     add("--out", type=Path, default=Path("runs/judge"), help="folder [runs/judge]")
-    add("--scenes", type=number(int, 20), default=256, help="clips of each of the sets [256]")
+    add("--scenes", type=number(int, 2), default=256, help="clips of each of the sets [256]")
     add("--clips", type=positive, default=8, help="clips of each class [8]")
     add("--seed", type=natural, default=0, help="of the generated sounds [0]")
     add("--steps", type=positive, help="denoising steps [the model's own]")
