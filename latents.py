@@ -373,8 +373,15 @@ def keep_freed_memory() -> None:
 
 # ---- files ---------------------------------------------------------------------------------------
 
-FORMATS = "wav,w64,aiff,au,caf,flac,mp3,ogg,mov,matroska,aac"  # FFmpeg's names of what we read
 AUDIO = set(".wav .w64 .aif .aiff .au .caf .flac .mp3 .ogg .oga .opus .mp4 .m4a .webm .aac".split())
+
+
+def open_media(path: str | Path):
+    """An audio or video file, as PyAV's container (FFmpeg). No playlist: it could name others."""
+    import av  # here: sampling from a prompt doesn't need it
+
+    formats = "wav,w64,aiff,au,caf,flac,mp3,ogg,mov,matroska,aac,avi"
+    return av.open(str(Path(path).absolute()), options={"format_whitelist": formats})
 
 
 def read_audio(path: str | Path, seconds: float = math.inf) -> tuple[Tensor, int]:
@@ -384,12 +391,11 @@ def read_audio(path: str | Path, seconds: float = math.inf) -> tuple[Tensor, int
     It is decoded to its end, whatever its header says about its length. FileNotFoundError;
     ValueError for a file that is no audio, is damaged, or has no samples or absurd ones.
     """
-    import av  # FFmpeg's libraries; sampling from a prompt doesn't need them
+    import av
 
     pieces, rate, samples = [], 0, 0
     try:
-        # No playlists: these could name other files.
-        with av.open(str(path), options={"format_whitelist": FORMATS}) as file:
+        with open_media(path) as file:
             planar = av.AudioResampler("fltp")
             for frame in file.decode(file.streams.audio[0]):
                 rate = rate or frame.sample_rate
@@ -415,7 +421,7 @@ def duration(path: str | Path) -> float:
     import av
 
     try:
-        with av.open(str(path), options={"format_whitelist": FORMATS}) as file:
+        with open_media(path) as file:
             stream = file.streams.audio[0]
             ticks = sum(packet.duration or 0 for packet in file.demux(stream))
             return float(ticks * stream.time_base)

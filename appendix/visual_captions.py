@@ -4,7 +4,7 @@ captions.py makes captions of labels. The steps here look at the video, too, and
 `run` is the papers' whole chain, with those of captions.py in their places:
 
     single-label, labels   audio_caption: captions.py's
-    frames                 pictures at 1/3, 1/2 and 3/4 of the segment, by the ffmpeg program
+    frames                 pictures at 1/3, 1/2 and 3/4 of the segment, by PyAV
     describe               frame_captions: BLIP-2's of each picture
     merge-frames           visual_caption: the LLM's one sentence of these three
     merge-audio-visual     merged_caption: the LLM's, of visual caption and label, for single labels
@@ -22,9 +22,10 @@ Departure. The sentence encoders' cosine is that of the mean of a text's states:
 projection is left out.
 """
 
+import io
 import json
 import re
-import subprocess
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 
 import captions
 from captions import MINILM, Options, Prompt, TextEncoder, ask, load, read_prompt
-from latents import safe_name, template
+from latents import open_media, safe_name, template
 
 # ---- prompts, verbatim ---------------------------------------------------------------------------
 
@@ -174,11 +175,16 @@ def frames(records, c):
 
 def picture_at(video: Path, seconds: float) -> bytes:
     """A JPEG; nothing if there is no such frame."""
-    # Nothing but this file is opened, whatever a playlist in it says.
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file"]
-    command += ["-ss", f"{seconds:.3f}", "-i", f"file:{video.resolve()}", "-frames:v", "1"]
-    command += ["-f", "image2pipe", "-c:v", "mjpeg", "pipe:1"]
-    return subprocess.run(command, capture_output=True).stdout
+    import av
+
+    picture = io.BytesIO()
+    with suppress(av.FFmpegError, LookupError), open_media(video) as file:
+        stream = file.streams.video[0]
+        file.seek(round(seconds / stream.time_base), stream=stream)  # to the keyframe before
+        frame = next((x for x in file.decode(stream) if x.time >= seconds - 1e-3), None)
+        if frame:
+            frame.to_image().save(picture, "JPEG")
+    return picture.getvalue()
 
 
 def describe(records, c):

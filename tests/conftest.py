@@ -6,9 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import importlib.util
 import json
-import shutil
 import string
 from html.parser import HTMLParser
 
@@ -28,29 +26,6 @@ def quick_sounds():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MelCodec, "iterations", 2)
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def ffmpeg(tmp_path_factory):
-    """The ffmpeg program, if the machine has none: that of the package imageio-ffmpeg."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not shutil.which("ffmpeg") and importlib.util.find_spec("imageio_ffmpeg"):
-            from imageio_ffmpeg import get_ffmpeg_exe
-
-            folder = tmp_path_factory.mktemp("ffmpeg")
-            (folder / "ffmpeg").symlink_to(get_ffmpeg_exe())
-            patch.setenv("PATH", str(folder), prepend=os.pathsep)
-        yield
-
-
-class Bomb:
-    """A pickle of it calls a function, such as os.mkdir, as soon as it is loaded."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 def save_bert(folder, letters=string.ascii_lowercase, positions=64):
