@@ -28,6 +28,16 @@ def quick_sounds():
         yield
 
 
+class Bomb:
+    """A pickle of it calls a function, such as os.mkdir, as soon as it is loaded."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
 def save_bert(folder, letters=string.ascii_lowercase, positions=64):
     """A random text encoder, 32 wide, that knows letters."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
