@@ -223,12 +223,14 @@ def load(kind, name, device, dtype=None, quantize=None):
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=config, **options)
         if quantize:  # int8 or int4
             bits = {f"load_in_{quantize[3:]}bit": True}
             options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
             options["device_map"] = {"": device}
         kind = kind or TOWERS.get(config.model_type, "AutoModel")
+        if kind.startswith("Auto"):  # the others have a config of their own
+            options["config"] = config
         model, info = getattr(transformers, kind).from_pretrained(
             source,
             dtype=dtype,
