@@ -393,7 +393,8 @@ def process(c: Options, steps: dict) -> Path:
     path = Path(c.out, f"{c.step}.jsonl" if ranks == 1 else f"{c.step}.{rank}-of-{ranks}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = path.with_suffix(".settings.json")
-    now = json.dumps(vars(c) | {"records": len(records), "device": None}, indent=1)
+    same = {"table": os.path.abspath(c.table), "records": len(records), "out": "", "device": ""}
+    now = json.dumps(vars(c) | same, indent=1)
     if settings.exists() and settings.read_text() != now:
         raise ValueError(f"{path}: begun with other settings ({settings.name}); use a new --out")
     write_aside(settings, now.encode())

@@ -37,6 +37,7 @@ from unittest import mock
 import numpy as np
 import soundfile
 import torch
+from encodec import EncodecModel
 from safetensors.torch import save_file
 
 import captions
@@ -47,8 +48,10 @@ import train
 from appendix import adapt, caption_scores
 from appendix.control import ControlNet, add_control
 from appendix.more_metrics import caption_of
+from appendix.visual_captions import picture_at
 from latents import CLIP_SAMPLES, LatentDataset, MelCodec, to_grid
 from tests.conftest import Bomb, save_model
+from tests.test_captions_pipeline import write_video
 from unet import UNet
 
 SECONDS = 20  # for one input
@@ -156,12 +159,17 @@ def make_good(root: Path) -> None:
     for path, text in TEXTS.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, encoding="utf-8", newline="")
-    for folder in ("audio", "classifier", "words", "LoRA", "U-Net .bin"):
+    for folder in ("audio", "classifier", "words", "LoRA", "U-Net .bin", "EnCodec", "video"):
         (root / folder).mkdir()
     for name, rate, channels in (("a.wav", 16_000, 1), ("b.flac", 44_100, 2), ("c.ogg", 16_000, 1)):
         with soundfile.SoundFile(root / "audio" / name, "w", rate, channels) as file:
             file.comment = json.dumps({"prompt": "rain"})
             file.write(0.3 * np.sin(np.arange(rate // 4))[:, None] * np.ones(channels))
+    soundfile.write(root / "audio/d.mp3", np.sin(np.arange(8000)), 16_000)
+    write_video(root / "video/v.mp4", [(10 * i, 0, 0) for i in range(20)])
+    with warnings.catch_warnings(action="ignore"):
+        weights = EncodecModel.encodec_model_24khz(pretrained=False).state_dict()
+    torch.save(weights, root / "EnCodec" / Path(latents.EncodecCodec.url).name)
 
     save_model(root / "model")
     shutil.copytree(root / "bert", root / "text encoder")
@@ -184,6 +192,7 @@ def make_good(root: Path) -> None:
     state["logmel_extractor.melW"] = state.pop("mel")
     torch.save({"model": dict(state)}, root / "classifier/classifier.pth")
 
+    captions.main(["single-label", f"{root}/records/records.jsonl", "--out", f"{root}/captions"])
     encode(root / "data set")
     encode(root / "data set, begun", rank=1, world_size=2)
     command = f"--text-encoder {root}/bert --max-length 16 --num-heads 4 --cross-attention-dim 32 "
@@ -239,6 +248,11 @@ def write_captions(name: str) -> None:
         captions.main([step, f"in/{name}", "--out", "out"])
 
 
+def go_on(name: str) -> None:
+    shutil.copytree("in", "out", dirs_exist_ok=True)
+    captions.main(["single-label", "../good/records/records.jsonl", "--out", "out"])
+
+
 def read_data(name: str) -> None:
     data = LatentDataset("in")
     if some := range(min(len(data), 9)):
@@ -264,6 +278,9 @@ TARGETS = {  # folder of good files: what reads them, given the name of the one 
     "prompts": lambda name: write_sounds("--prompts", f"in/{name}"),
     "tables": encode_table,
     "records": write_captions,
+    "captions": go_on,
+    "video": lambda name: picture_at(Path("in", name), 0.5),
+    "EnCodec": lambda _: latents.EncodecCodec("in"),
     "ratings": lambda _: caption_scores.main("average in/ratings.csv --key in/key.json".split()),
     "model": lambda _: sample.main("rain --model in --steps 1 --precision fp32 --out out".split()),
     "U-Net .bin": lambda _: UNet.from_pretrained("in"),
