@@ -250,11 +250,12 @@ def load(kind, name, device, dtype=None, quantize=None):
     if wrong := sorted(x for x in wrong if "position_ids" not in x and "pooler" not in x):
         wrong = f"{len(wrong)} weights ({wrong[0]}, ...) are missing or of another shape"
         raise ValueError(f"{name}: {wrong} and would be random; get complete files")
-    # A tokenizer without its files loads all the same, and knows no words.
-    ids = tokenizer("a dog", add_special_tokens=False)["input_ids"]
-    if not ids or tokenizer.unk_token_id in ids:
-        raise ValueError(f"{name}: no usable tokenizer; it needs a tokenizer.json")
     model = getattr(model, "text_model", model)  # CLAP's without its projection
+    # A tokenizer without its files loads all the same, and knows no words; another, too many.
+    ids = tokenizer("a dog", add_special_tokens=False)["input_ids"]
+    most, table = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight
+    if not ids or tokenizer.unk_token_id in ids or most >= len(table):
+        raise ValueError(f"{name}: no usable tokenizer; it needs a tokenizer.json")
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 
