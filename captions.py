@@ -119,7 +119,7 @@ class TextEncoder:
     max_length: tokens that a caption is padded or cut to (papers: 50)
     mask: one of MASKS; CLIP is causal, so "encoder" changes only the states of its pads
     dtype: bfloat16 on CUDA, else float32, unless given (in float16, T5 gives NaN)
-    cache_bytes: bound of the cache in CPU memory (a caption takes 50 to 200 kB)
+    cache_bytes: bound of the cache, in the device's memory (a caption takes 25 to 200 kB)
     ValueError or OSError, one line, for what can't be used. `dim` is the width of the states.
     """
 
@@ -146,7 +146,7 @@ class TextEncoder:
         # depend on the shape, so the last bits of a caption's states would otherwise depend on
         # which others had to be encoded with it, and a resumed training run on what was cached.
         self.rows = 64 if self.device.type == "cuda" else 4
-        # caption -> (states, mask) on the CPU, the least recently used first
+        # caption -> (states, mask), the least recently used first
         self.cache = {}
         self.cache_rows = cache_bytes // (max_length * (self.dim * self.model.dtype.itemsize + 1))
 
@@ -165,18 +165,18 @@ class TextEncoder:
         self.cache |= found
         for caption in list(self.cache)[: max(0, len(self.cache) - self.cache_rows)]:
             del self.cache[caption]
-        states, masks = zip(*(found[caption] for caption in captions))
-        states, masks = (torch.stack(x).to(self.device) for x in (states, masks))
+        states, masks = map(torch.stack, zip(*(found[caption] for caption in captions)))
         return states, masks if self.mask in ("cross-attention", "both") else None
 
     def _encode(self, captions):
-        """At most `rows` captions -> {caption: (states [L, dim], mask [L])}, on the CPU.
+        """At most `rows` captions -> {caption: (states [L, dim], mask [L])}.
 
         All is frozen, so there is no gradient, except for new words that are being learned.
         """
         size = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
         filled = captions + [""] * (self.rows - len(captions))
-        batch = self.tokenizer(filled, **size, return_tensors="pt").to(self.device)
+        batch = self.tokenizer(filled, **size, return_tensors="pt")
+        batch = batch.to(self.device, non_blocking=True)  # doesn't wait for what a GPU is doing
         if any(encoding.overflowing for encoding in batch.encodings):  # Python shows it only once
             warnings.warn(f"captions of more than {self.max_length} tokens are cut", stacklevel=3)
         mask = batch["attention_mask"]  # [rows, L]
@@ -184,7 +184,7 @@ class TextEncoder:
         inside = mask if self.mask in ("encoder", "both") else torch.ones_like(mask)
         with torch.autocast(self.device.type, enabled=False):
             states = self.model(input_ids=batch["input_ids"], attention_mask=inside)
-        states, mask = states.last_hidden_state.cpu(), mask.bool().cpu()  # [rows, L, dim]
+        states, mask = states.last_hidden_state, mask.bool()  # [rows, L, dim]
         # Clones, since a view would keep the whole batch alive in the cache.
         return {c: (states[i].clone(), mask[i].clone()) for i, c in enumerate(captions)}
 

@@ -65,7 +65,6 @@ def shifted(alphas_cumprod: Tensor, shift: float) -> Tensor:
 
 def signal_and_noise(t: Tensor | int, alphas_cumprod: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """√ᾱ_t and √(1−ᾱ_t), shaped [B, 1, 1, 1] to multiply `x` [B, C, H, W]."""
-    t = torch.as_tensor(t, device=alphas_cumprod.device)
     a = alphas_cumprod[t].view(-1, *[1] * (x.ndim - 1))
     return a.sqrt().to(x), (1 - a).sqrt().to(x)
 

@@ -323,14 +323,19 @@ def load_codec(
 
 def pick_device(name: str | None) -> torch.device:
     """What `--device` means: a device's name, or nothing for CUDA where there is one. Under
-    torchrun, "cuda" gives each rank a GPU of its own. ValueError for a device that isn't there."""
+    torchrun, "cuda" gives each rank a GPU of its own. ValueError for a device that isn't there.
+    From here on, float32 on CUDA is float32: no TF32, whose products have ten bits."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     name = name or found[0].removesuffix(":0")
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = own if name == "cuda" else name
     if name not in found:
         raise ValueError(f"device {name}: PyTorch finds only {', '.join(found)} here")
+    if name not in ("cpu", own) and "LOCAL_RANK" in os.environ:
+        raise ValueError(f"device {name}: this rank's is {own}; no two ranks can have one GPU")
     if name != "cpu":
         torch.cuda.set_device(name)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 

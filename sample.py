@@ -28,7 +28,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,7 @@ class Model:
     guidance: float  # the scale and
     steps: int  # the number of steps to take when nobody says
     device: torch.device
+    graphs: dict = field(default_factory=dict, init=False)  # of the U-Net as it was, by shape
 
     def latent(self, wave: Tensor) -> Tensor:
         """A recording [samples], 16 kHz, cut or padded to 10.08 s -> its x_0 [1, C, 24, 21]."""
@@ -89,10 +90,14 @@ def read_settings(folder: str | Path) -> dict:
 
 
 def load_model(
-    folder: str | Path = TINY, device: str | None = None, encodec_weights: str | None = None
+    folder: str | Path = TINY,
+    device: str | None = None,
+    encodec_weights: str | None = None,
+    precision: str = "auto",
 ) -> Model:
     """Load a model folder (train.py writes them) onto "cpu" or "cuda" (None: cuda if there is).
 
+    precision: what `generate` will be asked for. On CUDA, bf16 weights are all that is held there.
     From here on this process also keeps freed memory (see latents.py), which is faster on CPUs.
     """
     folder, device = Path(folder).resolve(), latents.pick_device(device)
@@ -111,7 +116,8 @@ def load_model(
         rest = about["prediction"], float(about["guidance"]), int(about["denoising_steps"])
     except (LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"{folder}: damaged, or its parts don't fit together ({e!r:.80})") from e
-    unet.to(device, memory_format=torch.channels_last)
+    half = device.type == "cuda" and latents.pick_precision(precision, device) == "bf16"
+    unet.to(device, torch.bfloat16 if half else None, memory_format=torch.channels_last)
     return Model(unet, encoder, codec, stats, alphas_cumprod, *rest, device)
 
 
@@ -119,6 +125,21 @@ def noise_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
     """A CPU generator for each sample, from (seed, number of the sample) and nothing else."""
     states = [np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] for i in indices]
     return [torch.Generator().manual_seed(int(s) % 2**63) for s in states]
+
+
+def capture(network: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """`network`, for inputs of these shapes, as one CUDA graph; itself, if that fails. A U-Net is a
+    thousand small kernels, and a CPU takes longer to launch each than a GPU to run it."""
+    stream = torch.cuda.current_stream()
+    try:
+        return torch.cuda.make_graphed_callables(network, tuple(x.clone() for x in inputs))
+    except RuntimeError as e:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+        warnings.warn(f"no CUDA graph, so it takes longer: {e!s:.120}", stacklevel=2)
+        return network
+
+
+GRAPHS = {"cuda": capture}  # by type of device
 
 
 @torch.no_grad()
@@ -145,7 +166,7 @@ def generate(
     seed, indices: sample i's noise comes from (seed, indices[i]); indices default to 0 … N−1.
     sampler: one of SAMPLERS. negative: prompt to lead away from. init_audio: samples at 16 kHz to
     start from; strength: the share of the steps to take then, above 0 … 1. precision: of the
-    U-Net, "bf16", "fp32" or "auto", see latents.pick_precision.
+    U-Net, "bf16", "fp32" or "auto", see latents.pick_precision. On CUDA, its call is a graph.
     """
     alphas_cumprod, device = model.alphas_cumprod, model.device
     steps = model.steps if steps is None else steps
@@ -160,9 +181,17 @@ def generate(
     if init_audio is not None and strength < 1:
         timesteps = timesteps[-max(1, round(strength * steps)) :]
         start = model.latent(init_audio)
-    # In bf16 once. Autocast alone would cast those of Conv3x3 at every step: it keeps no views.
-    weights = dict(model.unet.named_parameters()) if bf16 else {}
-    weights = {name: W.bfloat16() for name, W in weights.items() if W.dim() > 1}
+    # In bf16 once. Autocast alone would cast those of Conv3x3 at every step: it keeps no views. On
+    # CUDA it would also take norms to float32 and back: there, all is in bf16 without it.
+    cuda, weights = device.type == "cuda", dict(model.unet.named_parameters())
+    if not bf16 and any(W.dtype == torch.bfloat16 for W in weights.values()):
+        raise ValueError('for precision fp32, load the model with precision="fp32"')
+    weights = {k: W.bfloat16() for k, W in weights.items() if bf16 and (cuda or W.dim() > 1)}
+    graph = GRAPHS.get(device.type) if getattr(model.unet, "capturable", True) else None
+
+    def call(x_t: Tensor, t: int | Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cuda):
+            return functional_call(model.unet, weights, (x_t, t, text, mask)).float()
 
     batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
     calls = len(batches) * (len(timesteps) + (sampler == "pndm"))
@@ -174,7 +203,14 @@ def generate(
 
         def network(x_t: Tensor, t: int, text=text, mask=mask) -> Tensor:
             bar.update()
-            return functional_call(model.unet, weights, (x_t, t, text, mask)).float()
+            if graph is None:
+                return call(x_t, t, text, mask)
+            inputs = [x_t, torch.full((1,), t, device=device), text, mask]
+            inputs = tuple(x for x in inputs if x is not None)
+            key = model.unet, bf16, *(x.shape for x in inputs)
+            if key not in model.graphs:  # a graph doesn't keep alive the weights that it reads
+                model.graphs[key] = graph(call, inputs), weights
+            return model.graphs[key][0](*inputs).clone()  # or the next call would overwrite it
 
         eps_model = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
         # Guidance: ε = ε_∅ + s·(ε_y − ε_∅)
@@ -187,8 +223,7 @@ def generate(
             t = torch.tensor(timesteps[:1], device=device)
             x_t = diffusion.add_noise(start, x_t, t, alphas_cumprod)
         rest = {"timesteps": timesteps} | ({"generator": generators} if sampler == "ddpm" else {})
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x_0 = SAMPLERS[sampler](eps_model, x_t, alphas_cumprod, steps, **rest)
+        x_0 = SAMPLERS[sampler](eps_model, x_t, alphas_cumprod, steps, **rest)
         sounds.append(model.wave(x_0) if decode else x_0)
     bar.close()
     return torch.cat(sounds)
@@ -215,7 +250,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--strength", type=number(float, 0, 1), default=0.8, help="how far from it [0.8]")
     add("--batch-size", type=positive, default=8, help="sounds at a time [8]")
     add("--device", help="cpu or cuda [cuda where there is one]")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the U-Net [auto]")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="never TF32 [auto]")
     add("--encodec-weights", help="EnCodec's weights, for models that decode with it")
     return parser
 
@@ -263,7 +298,7 @@ def run(
     warnings.showwarning = lambda text, *_: tqdm.write(f"warning: {text}", file=sys.stderr)
     prompts, paths = plan(args)
     init_audio = args.init_audio and latents.load_audio(args.init_audio, latents.CLIP_SECONDS)
-    model = load_model(args.model, args.device, args.encodec_weights)
+    model = load_model(args.model, args.device, args.encodec_weights, args.precision)
     args.steps = model.steps if args.steps is None else args.steps
     args.guidance = model.guidance if args.guidance is None else args.guidance
     args.precision = latents.pick_precision(args.precision, model.device)
@@ -288,7 +323,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for _, path, _ in run(args):
             tqdm.write(f"{path}\n", end="")  # in one piece: several ranks write at once
-    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: out of memory: try --batch-size {max(1, args.batch_size // 2)}")
+    except (ValueError, OSError, KeyboardInterrupt) as e:
         sys.exit(f"error: {e}" if str(e) else "\ninterrupted: the sounds so far are whole")
 
 

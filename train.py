@@ -11,7 +11,8 @@
 
 Everything random (which clips, which caption, t, ε, dropped captions) is a function of (seed, step,
 place in the global batch) and of nothing else. So a run is the same on any number of ranks, and one
-that was killed goes on, from its newest checkpoint, as if nothing had happened.
+that was killed goes on, from its newest checkpoint, as if nothing had happened. On a GPU, which
+draws another ε, it goes on to the bit with --deterministic.
 
 Not in the papers: caption dropout (guidance needs an unconditional branch), the moving average of
 the weights (EMA, which is what the model folder holds), bf16 autocast; and for the tiny model
@@ -35,7 +36,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -101,9 +102,10 @@ class Config:
     ema_decay: float = option(0.9999, "of the averaged weights; less at the start of a run", 0, 1)
     caption_dropout: float = option(0.1, "share of clips trained without a caption", 0, 1)
     frozen_steps: int = option(0, "train only the ends and text projection till then (B.4)", 0)
-    precision: str = option("auto", "bf16 where it is fast", choices=("auto", "bf16", "fp32"))
+    precision: str = option("auto", "bf16 where fast; never TF32", choices=("auto", "bf16", "fp32"))
     gradient_checkpointing: bool = option(False, "less memory, a third more time")
     compile: bool = option(False, "torch.compile the U-Net")
+    deterministic: bool = option(False, "the same bits each time on a GPU, too; slower")
     device: str = option("", "cpu or cuda; none: cuda where there is one")
     seed: int = option(0, "of everything random", 0)
     # Upkeep
@@ -123,12 +125,14 @@ PAPER |= {"schedule_shift": 1.0, "steps": 60_000, "batch_size": 192, "lr": 2.56e
 PAPER |= {"warmup_steps": 1000, "gradient_checkpointing": True, "checkpoint_every": 1000}
 PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
+FETCH_EVERY = {"cuda": 10}  # steps: to look at a step's loss is to wait for it; elsewhere 1
+PATIENT, HUNG = timedelta(hours=1), timedelta(minutes=2)  # ranks wait for others; in a step
 STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells data sets apart
 # What may differ when a run goes on; everything else is part of what is being computed. (So are the
 # global batch and the data, compared as such.)
 MAY_CHANGE = set(
-    "out data val_data device resume compile gradient_checkpointing batch_size accumulate "
-    "encodec_weights checkpoint_every validate_every guidance denoising_steps".split()
+    "out data val_data device resume compile deterministic gradient_checkpointing batch_size "
+    "accumulate encodec_weights checkpoint_every validate_every guidance denoising_steps".split()
 )
 
 
@@ -155,14 +159,18 @@ def clips_of_step(step: int, global_batch: int, n: int, seed: int) -> np.ndarray
     return np.array([orders[p // n][p % n] for p in places])
 
 
-def draw(step: int, place: int, captions: list[str], shape: tuple, c: Config):
-    """What is random about one sample of a step: caption, t and noise."""
+def draw(step: int, place: int, captions: list[str], shape: tuple, c: Config, generator=None):
+    """What is random about one sample of a step: caption, t and noise. The noise comes from a
+    GPU's `generator`, if there is one: as fast as the rest there, and other noise than a CPU's."""
     rng = np.random.default_rng((c.seed, 2, step, place))
     caption = captions[rng.integers(len(captions))]
     if rng.random() < c.caption_dropout:
         caption = ""
     t = int(rng.integers(1000))
-    return caption, t, rng.standard_normal(shape, dtype=np.float32)
+    if generator is None:
+        return caption, t, torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    generator.manual_seed(int(rng.integers(2**63)))
+    return caption, t, torch.randn(shape, generator=generator, device=generator.device)
 
 
 # ---- data and model ------------------------------------------------------------------------------
@@ -171,6 +179,8 @@ def draw(step: int, place: int, captions: list[str], shape: tuple, c: Config):
 class Denoiser:
     """What is trained, on what, and by which loss. The loop knows no more of it than its methods:
     a subclass can train something else (appendix/)."""
+
+    group = None  # of ranks, for what they exchange in a step
 
     def __init__(self, c: Config, device: torch.device):
         self.c, self.device, self.step = c, device, 0
@@ -194,9 +204,10 @@ class Denoiser:
             if read_settings(c.init)["codec"] != self.data.codec:
                 raise ValueError(f"{c.init} knows latents of another codec than {data} has")
             self.stats = LatentStats.load(Path(c.init, "latent_stats.safetensors"))
-        self.encoder = TextEncoder(
-            c.text_encoder, c.max_length, c.mask, device=device, cache_bytes=2**29
-        )
+        mean_and_std = self.stats.mean.to(device), self.stats.std.to(device)
+        self.stats = LatentStats(*mean_and_std, self.stats.count)
+        size, cache = (c.max_length, c.mask), 2**31 if device.type == "cuda" else 2**29  # bytes
+        self.encoder = TextEncoder(c.text_encoder, *size, device=device, cache_bytes=cache)
         self.words = Path(c.init or "-", "words.safetensors")  # that the model has learned
         if self.words.is_file():
             self.encoder.add_words(load_file(self.words))
@@ -225,13 +236,16 @@ class Denoiser:
     def batch(self, step: int, places: range, clips, data=None) -> tuple:
         """The clips at these places of a step's global batch: captions, stored integers, t, noise.
         Runs in a thread, a step ahead; touches no state."""
-        data, drawn = data or self.data, []
+        data, drawn, cuda = data or self.data, [], self.device.type == "cuda"
+        generator = torch.Generator(self.device) if cuda else None
         for place, clip in zip(places, clips, strict=True):
             captions = data.record(int(clip))["captions"]
-            drawn.append(draw(step, place, captions, self.shape, self.c))
+            drawn.append(draw(step, place, captions, self.shape, self.c, generator))
         captions, t, noise = zip(*drawn, strict=True)
-        noise = torch.from_numpy(np.stack(noise))
-        return list(captions), data.stored(clips), torch.tensor(t), noise
+        stored, t = data.stored(clips), torch.tensor(t)
+        if cuda:  # from pinned memory, which nobody waits for
+            stored, t = (x.pin_memory().to(self.device, non_blocking=True) for x in (stored, t))
+        return list(captions), stored, t, torch.stack(noise)
 
     def loss(self, network: nn.Module, captions, stored, t, noise) -> Tensor:
         """Squared error of what the network predicts (x_0's weighted), a sample: float32 [B]."""
@@ -273,7 +287,7 @@ class Denoiser:
                 losses = self.loss(network, captions, stored, 250 * q + t // 4, noise)
                 sums[q] += losses.double().sum()
         if ranks > 1:
-            dist.all_reduce(sums)
+            dist.all_reduce(sums, group=self.group)
         bins = (sums / n).tolist()
         return {"val_loss": sum(bins) / 4, "val_loss_bins": bins}
 
@@ -313,7 +327,8 @@ def is_model(folder: str | None) -> bool:
 
 def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batches: list) -> dict:
     """One step of AdamW on a batch for each of --accumulate; `model` is task.network, perhaps
-    compiled, perhaps distributed. Returns loss and norm of the gradient, of all ranks."""
+    compiled, perhaps distributed. Returns loss and norm of the gradient, of all ranks, as tensors:
+    nothing here waits for a GPU."""
     c, step, total = task.c, task.step, 0.0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     for i, batch in enumerate(batches):
@@ -323,18 +338,13 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
             loss.backward()
         total += loss.detach()
     if ranks > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=task.group)
         total = total / ranks
     if step < c.frozen_steps:
         for name, p in task.network.named_parameters():
             if not name.startswith(("conv_in.", "conv_out.", "encoder_hid_proj.")):
                 p.grad = None  # AdamW passes over these; DDP needn't know
     norm = torch.nn.utils.clip_grad_norm_(task.network.parameters(), c.clip)
-    if not math.isfinite(total + norm):
-        clips = task.choose(step, c.batch_size * c.accumulate * ranks)
-        ids = ", ".join(str(task.data.record(int(i))["id"]) for i in clips)
-        raise ValueError(f"step {step + 1}: loss {total:g}, gradient norm {norm:g}; stopped before "
-                         f"it spoiled the weights. The clips of this step: {ids}")  # fmt: skip
     lr = learning_rate(step, c)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -344,7 +354,21 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
         weights = list(ema.parameters()), list(task.network.parameters())
         torch._foreach_lerp_(*weights, 1 - ema_decay(step, c))
     task.step += 1
-    return {"step": task.step, "loss": float(total), "lr": lr, "gradient_norm": float(norm)}
+    return {"step": task.step, "loss": total, "lr": lr, "gradient_norm": norm}
+
+
+def fetch_losses(task: Denoiser, entries: list[dict], global_batch: int) -> None:
+    """Make numbers of what steps returned. ValueError for the first step where one isn't finite."""
+    keys = ("loss", "gradient_norm")
+    numbers = torch.stack([entry[key] for entry in entries for key in keys]).tolist()
+    for entry, loss, norm in zip(entries, numbers[::2], numbers[1::2], strict=True):
+        entry |= {"loss": loss, "gradient_norm": norm}
+        if not math.isfinite(loss + norm):
+            step = entry["step"]
+            clips = task.choose(step - 1, global_batch)
+            ids = ", ".join(str(task.data.record(int(i))["id"]) for i in clips)
+            raise ValueError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped, "
+                             f"none of it is kept. The clips of this step: {ids}")  # fmt: skip
 
 
 def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
@@ -353,8 +377,11 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = latents.pick_device(c.device)
     latents.keep_freed_memory()
-    if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if ranks > 1 and not dist.is_initialized():  # composing, downloads and saving may take long
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENT)
+    if c.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)  # or an error names the kernel that can't
     c = replace(c, precision=latents.pick_precision(c.precision, device))
     task = kind(c, device)
     network, ema = task.network, copy.deepcopy(task.network).requires_grad_(False)
@@ -409,7 +436,8 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
 
     model = torch.compile(network) if c.compile else network
     if ranks > 1:
-        model = DistributedDataParallel(model)
+        task.group = dist.new_group(timeout=HUNG)
+        model = DistributedDataParallel(model, process_group=task.group)
         # DDP regroups the gradients after its first backward pass, and the last bits of a sum over
         # three or more ranks depend on the grouping. With that pass behind it, a resumed run goes
         # on as the interrupted one would have.
@@ -417,29 +445,39 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
         optimizer.zero_grad(set_to_none=True)
 
     bar = tqdm(total=c.steps, initial=task.step, unit="step", disable=rank > 0)
-    with ThreadPoolExecutor(1) as pool:
+    entries, started = [], time.perf_counter()
+    with ThreadPoolExecutor(1, initializer=latents.pick_device, initargs=(c.device,)) as pool:
         upcoming = pool.submit(fetch, task.step)
         while task.step < c.steps:
             if ranks > 1 and os.getppid() != parent:
                 # Else ranks outlive a torchrun that was killed, and write beside its successor's.
                 raise OSError(f"torchrun is gone: stopped before step {task.step + 1}")
-            started, batches = time.perf_counter(), upcoming.result()
+            batches = upcoming.result()
             upcoming = pool.submit(fetch, task.step + 1)  # while this step is computed
-            entry = train_step(task, model, ema, optimizer, batches)
-            entry["samples_per_second"] = global_batch / (time.perf_counter() - started)
+            entries.append(train_step(task, model, ema, optimizer, batches))
             last = task.step == c.steps
-            if last or task.step % c.validate_every == 0:
-                entry |= task.validate(ema, rank, ranks)
-            if rank > 0:
+            validates = last or task.step % c.validate_every == 0
+            saves = last or task.step % c.checkpoint_every == 0
+            if not (validates or saves or len(entries) == FETCH_EVERY.get(device.type, 1)):
                 continue
-            file.write((json.dumps(entry) + "\n").encode())
-            file.flush()
-            bar.update()
-            bar.set_postfix(loss=f"{entry['loss']:.3f}", lr=f"{entry['lr']:.1e}", refresh=False)
-            if "val_loss" in entry:
-                bar.write(f"step {task.step}: val loss {entry['val_loss']:.4f}")
-            if last or task.step % c.checkpoint_every == 0:
-                save(task, out, {"config": same}, parts)
+            fetch_losses(task, entries, global_batch)
+            rate = global_batch * len(entries) / (time.perf_counter() - started)
+            entries = [entry | {"samples_per_second": rate} for entry in entries]
+            entry = entries[-1]
+            if validates:
+                entry |= task.validate(ema, rank, ranks)
+            if rank == 0:
+                file.write("".join(json.dumps(x) + "\n" for x in entries).encode())
+                file.flush()
+                bar.update(len(entries))
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", lr=f"{entry['lr']:.1e}", refresh=False)
+                if "val_loss" in entry:
+                    bar.write(f"step {task.step}: val loss {entry['val_loss']:.4f}")
+                if saves:
+                    save(task, out, {"config": same}, parts)
+            if ranks > 1 and saves:
+                dist.barrier()  # the others wait, as long as it takes
+            entries, started = [], time.perf_counter()
     bar.close()
     return out / "model"
 
@@ -549,13 +587,19 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def main(arguments: list[str] | None = None) -> None:
     try:
-        train(parse_args(arguments))
+        c = parse_args(arguments)
+        train(c)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: the same command goes on from the newest checkpoint")
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"error: {str(e).splitlines()[0]} Take a smaller --batch-size, with --accumulate")
+    except torch.OutOfMemoryError:
+        smaller = f"--batch-size {max(1, c.batch_size // 2)} --accumulate {2 * c.accumulate}"
+        sys.exit(f"error: out of memory: try {smaller}, or --gradient-checkpointing")
     except (ValueError, OSError, subprocess.CalledProcessError) as e:
         sys.exit(f"error on rank {os.environ.get('RANK', 0)}: {e}")  # others may be well
+    except RuntimeError as e:
+        if "Timed out" not in str(e):
+            raise
+        sys.exit(f"error on rank {os.environ.get('RANK', 0)}: no word from another rank ({e})")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

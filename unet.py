@@ -259,7 +259,7 @@ class UNet(nn.Module):
                 return checkpoint(level.layer, i, h, *condition, use_reentrant=False)
             return level.layer(i, h, *condition)
 
-        h = self.conv_in(x_t)  # [B, 320, 24, 21]
+        h = self.conv_in(x_t.to(self.conv_in.weight.dtype))  # [B, 320, 24, 21]
         skips = [h]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
@@ -285,6 +285,7 @@ class UNet(nn.Module):
     def condition(self, x_t: Tensor, t, text: Tensor, text_mask: Tensor | None) -> tuple:
         """What each layer is told besides: t's embedding, the projected text, its mask."""
         emb = self.time_embedding(torch.as_tensor(t, device=x_t.device).expand(len(x_t)))
+        text = text.to(emb.dtype)
         if self.config.text_dim is not None:
             text = self.encoder_hid_proj(text)  # [B, L, 768]
         if text_mask is not None:

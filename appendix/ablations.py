@@ -137,7 +137,9 @@ class ConcatenatedUNet(UNet):
         """x_t [B, C, H, W], text [B, L, dim], text_mask [B, L] -> [B, C, H, W]."""
         mask = torch.ones_like(text[..., 0]) if text_mask is None else text_mask.to(text)
         mean = (mask[..., None] * text).sum(1) / mask.sum(1, keepdim=True)  # [B, dim]
-        channels = self.text_in(mean)[:, :, None, None].expand(-1, -1, *x_t.shape[2:])
+        channels = self.text_in(mean.to(self.text_in.weight.dtype))[:, :, None, None].expand(
+            -1, -1, *x_t.shape[2:]
+        )
         x = torch.cat([x_t, channels.to(x_t)], 1)
         return super().forward(x, t, text, None, *rest)  # [B, 2C, H, W] -> [B, C, H, W]
 
@@ -376,7 +378,8 @@ def run_arm(name: str, arm: Arm, seed: int, score: Judge | None, args: argparse.
         result |= {"steps": c.steps, "seconds": seconds, "val_loss": log[-1]["val_loss"]}
     about = score.sampling(arm) | {"model": c.model} if score else {}
     if not about.items() <= result.get("scores", {}).items():
-        model = trained(c, arm.kind) if arm.kind else sample.load_model(args.model, c.device)
+        settings = {"device": c.device, "precision": c.precision}
+        model = trained(c, arm.kind) if arm.kind else sample.load_model(args.model, **settings)
         shutil.rmtree(folder := Path(c.out, "sounds"), ignore_errors=True)  # of other settings
         result["scores"] = score(model, folder, about)
     write_json(path, result)

@@ -235,7 +235,8 @@ def prepare(args: argparse.Namespace, rest: list[str]) -> tuple[Config, type[Ada
         records += own_clips(args, c, caption)
         more |= {"class_caption": caption, "prior_weight": args.prior_weight}
         if not (data / "latent_stats.safetensors").is_file():
-            model = sample.load_model(args.model, c.device or None, c.encodec_weights or None)
+            where = c.device or None, c.encodec_weights or None
+            model = sample.load_model(args.model, *where, c.precision)
 
     def load(row: dict) -> Tensor:
         if "number" not in row:

@@ -177,7 +177,7 @@ def make(kind: str, real: LatentDataset, audio: Path, args: argparse.Namespace) 
 
     @functools.lru_cache(1)
     def group(number: int) -> Tensor:
-        model = load_model(source, c.device or None, c.encodec_weights or None)
+        model = load_model(source, c.device or None, c.encodec_weights or None, c.precision)
         part = rows[number * size : (number + 1) * size]
         options = {"batch_size": size, "precision": c.precision} | settings
         options["indices"] = [row["number"] for row in part]

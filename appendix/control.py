@@ -117,7 +117,8 @@ class ControlNet(UNet):
     ) -> list[Tensor]:
         """What is to be added to each skip, and last to the middle. picture [B, 1, H, W]; the rest
         as for the U-Net."""
-        embedding = self.controlnet_cond_embedding
+        embedding, dtype = self.controlnet_cond_embedding, self.conv_in.weight.dtype
+        x_t, picture = x_t.to(dtype), picture.to(dtype)
         h = self.conv_in(x_t) + embedding["conv_out"](F.silu(embedding["conv_in"](picture)))
         layer = layers(gradient_checkpointing, *self.condition(x_t, t, text, text_mask))
         h, skips = way_down(self, h, layer)
@@ -144,7 +145,7 @@ class Controlled(nn.Module):
         unet, rest = self.unet, (x_t, t, text, text_mask, gradient_checkpointing)
         *more, middle = self.net(self.picture.expand(len(x_t), -1, -1, -1), *rest)
         layer = layers(gradient_checkpointing, *unet.condition(x_t, t, text, text_mask))
-        h, skips = way_down(unet, unet.conv_in(x_t), layer)
+        h, skips = way_down(unet, unet.conv_in(x_t.to(unet.conv_in.weight.dtype)), layer)
         h, skips = h + middle, [skip + m for skip, m in zip(skips, more, strict=True)]
         for level in unet.up_blocks:
             for i in range(len(level.resnets)):

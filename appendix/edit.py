@@ -84,6 +84,8 @@ class Between(nn.Module):
 class Watched(nn.Module):
     """The U-Net, and watch(t, x_t [B, C, 24, 21]) whenever it is called."""
 
+    capturable = False  # a CUDA graph would call no function
+
     def __init__(self, model: sample.Model, watch: Callable[[int, Tensor], None]):
         super().__init__()
         self.unet, self.watch = model.unet, watch

@@ -1,12 +1,13 @@
 """What the papers' training run would take on GPUs: arithmetic.
 
-Nothing here is measured on a GPU.
+Nothing here is measured on a GPU, unless you give it what was.
 
     operations   the matrix products and convolutions of one clip's forward pass, counted; a
                  backward pass is two forward passes, gradient checkpointing one more
     step         operations / (peak × utilisation) + what of the gradients' exchange isn't hidden
     exchange     4 bytes a parameter around a ring: 2·(n − 1)/n times through its slowest link,
-                 beside the backward pass (half of the step), as DistributedDataParallel does it
+                 beside the backward pass (half of the step), as DistributedDataParallel does it;
+                 hidden down to so many clips a GPU, and below that it is what takes the time
     MFU          the operations without checkpointing's, over peak × time of a step
     memory       what a forward pass keeps for the backward pass, counted on tensors without content
                  and with attention by a fused kernel: all in bf16, or all in float32 (autocast
@@ -14,6 +15,8 @@ Nothing here is measured on a GPU.
 
     python -m benchmarks.arithmetic                       utilisation 40 %, batch 192 a GPU
     python -m benchmarks.arithmetic --utilisation 0.3 --batch-size 48
+    python -m benchmarks.arithmetic --measured 280        clips/s that one GPU was seen to train on
+                                                          (benchmarks.gpu), in place of utilisation
 """
 
 import argparse
@@ -39,7 +42,8 @@ MACHINES = {  # GPUs, dense bf16 FLOP/s of one, bytes/s of the slowest link in o
 def forward_flops(unet: UNet) -> int:
     """Of one clip, 24 × 21 and TOKENS tokens of text; 2 for a multiplication and addition."""
     x = torch.empty(1, unet.config.in_channels, *GRID, device="meta")
-    text = torch.empty(1, TOKENS, unet.config.text_dim, device="meta")
+    width = unet.config.text_dim or unet.config.cross_attention_dim
+    text = torch.empty(1, TOKENS, width, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(x, 1, text)
     return counter.get_total_flops()
@@ -84,6 +88,7 @@ def main() -> None:
     parser.add_argument("--utilisation", type=float, default=0.4, help="of the peak [0.4]")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                         default=True, help="[on]")  # fmt: skip
+    parser.add_argument("--measured", type=float, help="clips/s of one GPU, measured")
     args = parser.parse_args()
     with torch.device("meta"):
         unet = UNet(UNetConfig())
@@ -97,16 +102,21 @@ def main() -> None:
         kept = [kept_bytes(unet.to(dtype), x) * args.batch_size / 2**30 for x in (False, True)]
         print(f"kept for the backward pass of {args.batch_size} clips in {dtype}: {kept[0]:.1f} "
               f"GiB, with gradient checkpointing {kept[1]:.1f}")  # fmt: skip
-    print(f"\n| machine | batch | step | exchange | MFU | clips a second | {STEPS:,} steps |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(f"\n| machine | batch | step | exchange | MFU | clips a second | {STEPS:,} steps | "
+          "hidden down to |")  # fmt: skip
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (gpus, peak, link) in MACHINES.items():
         compute = passes * forward * args.batch_size / (peak * args.utilisation)
+        if args.measured:
+            compute = args.batch_size / args.measured
         exchange = 4 * parameters * 2 * (gpus - 1) / gpus / link
         step = compute + max(0.0, exchange - compute / 2)
         mfu = 3 * forward * args.batch_size / (peak * step)
         clips = gpus * args.batch_size
+        hidden = 2 * exchange / compute * args.batch_size  # clips a GPU, where it is half a step
+        hours = STEPS * step / 3600
         print(f"| {name} | {clips:,} | {step:.2f} s | {exchange:.2f} s | {mfu:.0%} | "
-              f"{clips / step:,.0f} | {STEPS * step / 86400:.2f} days |")  # fmt: skip
+              f"{clips / step:,.0f} | {hours:.1f} h | {hidden:.0f} clips a GPU |")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -53,45 +53,64 @@ class Given:
         self.states = states  # [2, L, D]: of the empty text, of the prompt
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, None]:
-        return self.states, None
+        return self.states.repeat_interleave(len(texts) // 2, 0), None
 
 
-def ours(unet: UNet, states: Tensor, *, steps: int, precision: str) -> Tensor:
+def as_model(unet: UNet, states: Tensor) -> sample.Model:
+    """The network as a model whose sounds are its latents."""
     channels = unet.config.in_channels
-    model = sample.Model(
+    return sample.Model(
         unet=unet,
         encoder=Given(states),
         codec=SimpleNamespace(channels=channels, to_sequence=to_sequence, decode=lambda z: z),
         stats=LatentStats(torch.zeros(channels), torch.ones(channels)),
-        alphas_cumprod=diffusion.cosine_alphas_cumprod(),
+        alphas_cumprod=diffusion.cosine_alphas_cumprod().to(states.device),
         prediction="eps",
         guidance=GUIDANCE,
-        steps=steps,
-        device=torch.device("cpu"),
+        steps=45,
+        device=states.device,
     )
-    return sample.generate(model, [""], precision=precision)
+
+
+def ours(model: sample.Model, n: int = 1, *, steps: int, precision: str) -> Tensor:
+    """Latents [n, 128, 504]."""
+    return sample.generate(model, [""] * n, steps=steps, precision=precision, batch_size=n)
+
+
+def as_diffusers(unet: UNet) -> UNet2DConditionModel:
+    """The same weights, held once."""
+    with torch.device("meta"):
+        peer = UNet2DConditionModel.from_config(to_diffusers_config(unet.config))
+    peer.load_state_dict(unet.state_dict(), assign=True)
+    return peer.eval()
 
 
 @torch.no_grad()
-def theirs(unet: UNet2DConditionModel, states: Tensor, *, steps: int, bf16: bool) -> Tensor:
-    """The loop of diffusers' StableDiffusionPipeline, guidance as it does it."""
+def theirs(
+    unet: UNet2DConditionModel, states: Tensor, n: int = 1, *, steps: int, bf16: bool
+) -> Tensor:
+    """The loop of diffusers' StableDiffusionPipeline, guidance as it does it. In bf16: on a CPU by
+    autocast, which is faster there, on a GPU with weights in bf16, as its users do."""
+    device, cpu = states.device, states.device.type == "cpu"
     betas = betas_of(diffusion.cosine_alphas_cumprod())
     scheduler = PNDMScheduler(
         trained_betas=betas, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
     )
     scheduler.set_timesteps(steps)
-    size = (1, unet.config.in_channels, *GRID)
-    x = torch.randn(size[1:], generator=sample.noise_generators(0, [0])[0])[None]
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # casts the weights once
+    size = (unet.config.in_channels, *GRID)
+    generators = sample.noise_generators(0, range(n))
+    x = torch.stack([torch.randn(size, generator=g) for g in generators]).to(device)
+    states = states.repeat_interleave(n, 0).to(unet.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and cpu):  # casts the weights once
         for t in scheduler.timesteps:
-            inputs = scheduler.scale_model_input(torch.cat([x] * 2), t)
-            if bf16:
+            inputs = scheduler.scale_model_input(torch.cat([x] * 2), t).to(unet.dtype)
+            if bf16 and cpu:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             eps = unet(inputs, t, encoder_hidden_states=states, return_dict=False)[0].float()
             eps_null, eps_text = eps.chunk(2)
             eps = eps_null + GUIDANCE * (eps_text - eps_null)
             x = scheduler.step(eps, t, x, return_dict=False)[0]
-    return x.flatten(2)  # 24 × 21 row by row: 504 frames
+    return x.flatten(2).cpu()  # 24 × 21 row by row: 504 frames
 
 
 def betas_of(alphas_cumprod: Tensor) -> np.ndarray:
@@ -100,14 +119,21 @@ def betas_of(alphas_cumprod: Tensor) -> np.ndarray:
     return (1 - alphas_cumprod / before).numpy()
 
 
-def peak_flops(dtype: torch.dtype, size: int = 4096) -> float:
+def seconds_now(device: torch.device) -> float:
+    """What a clock says when the device has done all that it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_flops(dtype: torch.dtype, size: int = 4096, device: str = "cpu") -> float:
     """A second, in the best of ten products of two square matrices."""
-    a, b = torch.randn(2, size, size).to(dtype)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
     times = []
     for _ in range(10):
-        started = time.perf_counter()
+        started = seconds_now(a.device)
         a @ b
-        times.append(time.perf_counter() - started)
+        times.append(seconds_now(a.device) - started)
     return 2 * size**3 / min(times)
 
 
@@ -118,16 +144,13 @@ def measure(name: str, steps: int) -> tuple[float, np.ndarray]:
     if name.startswith("here") or name.endswith("kept"):
         keep_freed_memory()  # as sample.load_model does
     if name.startswith("diffusers"):
-        with torch.device("meta"):
-            peer = UNet2DConditionModel.from_config(to_diffusers_config(unet.config))
-        peer.load_state_dict(unet.state_dict(), assign=True)
-        peer.eval()
+        peer = as_diffusers(unet)
         if bf16:
             peer.to(memory_format=torch.channels_last)
         run = partial(theirs, peer, states, bf16=bf16)
     else:
         unet.to(memory_format=torch.channels_last)
-        run = partial(ours, unet, states, precision="bf16" if bf16 else "fp32")
+        run = partial(ours, as_model(unet, states), precision="bf16" if bf16 else "fp32")
     run(steps=2)
     started = time.perf_counter()
     latent = run(steps=steps)

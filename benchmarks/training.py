@@ -36,7 +36,14 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import train
 from benchmarks.data import RandomCodes
 from benchmarks.sampling import betas_of
-from latents import CLIP_SAMPLES, EncodecCodec, MelCodec, encode_dataset, keep_freed_memory
+from latents import (
+    CLIP_SAMPLES,
+    EncodecCodec,
+    MelCodec,
+    encode_dataset,
+    keep_freed_memory,
+    pick_device,
+)
 from unet import to_diffusers_config
 
 
@@ -44,8 +51,9 @@ class Ours:
     """train.py's step, as its loop calls it."""
 
     def __init__(self, c: train.Config):
-        self.task = train.Denoiser(c, torch.device("cpu"))
+        self.task = train.Denoiser(c, pick_device(c.device))
         network = self.task.network
+        self.model = torch.compile(network) if c.compile else network
         self.ema = copy.deepcopy(network).requires_grad_(False)
         betas, decay = (0.9, c.beta2), c.weight_decay
         self.optimizer = torch.optim.AdamW(
@@ -53,7 +61,7 @@ class Ours:
         )
 
     def step(self, batch: tuple) -> dict:
-        return train.train_step(self.task, self.task.network, self.ema, self.optimizer, [batch])
+        return train.train_step(self.task, self.model, self.ema, self.optimizer, [batch])
 
 
 class Example:
@@ -95,9 +103,13 @@ class Example:
 def prepare(folder: Path, preset: str, clips: int) -> train.Config:
     """Random recordings, codec and text encoder of the preset's kind, and the run on them."""
     paper = preset == "paper"
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     weights = folder / Path(EncodecCodec.url).name
-    torch.save(EncodecModel.encodec_model_24khz(pretrained=False).state_dict(), weights)
+    encodec = EncodecModel.encodec_model_24khz(pretrained=False)
+    for layer in encodec.quantizer.vq.layers:
+        torch.nn.init.normal_(layer.codebook)  # zeros, until it is trained
+    torch.save(encodec.state_dict(), weights)
     codec = MelCodec()
     if paper:
         codec = RandomCodes()
@@ -124,6 +136,7 @@ def prepare(folder: Path, preset: str, clips: int) -> train.Config:
         schedule_shift=1.0,
         precision="bf16",
         val_clips=1,
+        device="cpu",
         gradient_checkpointing=False,
     )
 
@@ -144,7 +157,7 @@ def measure(kind: type, keep: bool, c: train.Config, steps: int) -> dict:
         started = time.perf_counter()  # beside the step, in a real run
         entries.append(run.step(batch))
         times.append(time.perf_counter() - started)
-    first = {key: entries[0][key] for key in ("loss", "gradient_norm")}
+    first = {key: float(entries[0][key]) for key in ("loss", "gradient_norm")}
     return {"seconds": statistics.median(times[1:]), "GiB": peak_memory(), **first}
 
 

@@ -15,6 +15,7 @@ import sample
 import train
 from appendix import control, edit
 from appendix.control import Control, Controlled, ControlNet, loudness
+from benchmarks.gpu import plain_graph
 from latents import CLIP_SAMPLES, MelCodec, to_grid
 from unet import UNet, UNetConfig
 
@@ -97,6 +98,16 @@ def test_controlnet_is_diffusers(pair, tmp_path):
         for a, b in zip(again(picture, x_t, t, text), [*more, middle], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_in_bf16_alone(pair):
+    """As on CUDA, without autocast; and as a graph."""
+    model, (x_t, t, text) = Controlled(*pair, torch.randn(1, 1, 13, 9)), inputs(8, (13, 9), 48)
+    with torch.no_grad():
+        expected, got = model(x_t, t, text), model.bfloat16()(x_t, t, text)
+        call = plain_graph(model, (torch.zeros_like(x_t), torch.zeros_like(t), text))
+        assert torch.equal(call(x_t, t, text), got)
+    assert got.dtype == torch.bfloat16 and (got - expected).norm() < 3e-2 * expected.norm()
 
 
 def test_gradient_checkpointing_changes_nothing(pair):

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 import sample
 from appendix import edit
+from benchmarks.gpu import plain_graph
 from latents import CLIP_SAMPLES, MelCodec
 from sample import load_model
 
@@ -109,6 +110,18 @@ def test_between_two_prompts(model):
     torch.testing.assert_close(shared[[0, 2]], ends, atol=1e-3, rtol=0)
     for end in ends:
         assert 0.2 < (shared[1] - end).norm() / (ends[1] - ends[0]).norm() < 0.8
+
+
+def test_graphs_change_nothing(model, monkeypatch):
+    """A graph of a network with its wrapper, for each of two windows; none where it is watched."""
+    made = []
+    settings = FAST | {"to": "rain", "n": 2, "seconds": 12, "keep": KEEP, "init_audio": recording()}
+    expected = edit.generate(model, ["dog"] * 2, **settings)
+    graph = lambda network, inputs: made.append(1) or plain_graph(network, inputs)  # noqa: E731
+    monkeypatch.setitem(sample.GRAPHS, "cpu", graph)
+    assert torch.equal(edit.generate(model, ["dog"] * 2, **settings), expected) and len(made) == 2
+    edit.generate(model, ["dog"] * 2, watch=lambda t, x_t: f"{t:d}", **settings)
+    assert len(made) == 2 and not model.graphs
 
 
 def test_commands(main, folder, tmp_path):

@@ -441,6 +441,30 @@ def test_precision(monkeypatch, units):
         latents.pick_precision("fp16", cpu)
 
 
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for gpus, rank, name, found in (
+        (2, None, None, "cuda:0"),
+        (2, None, "cuda:1", "cuda:1"),
+        (2, "1", None, "cuda:1"),
+        (2, "1", "cuda", "cuda:1"),
+        (2, "1", "cuda:1", "cuda:1"),
+        (2, "1", "cpu", "cpu"),
+        (2, "1", "cuda:0", "this rank's is cuda:1; no two"),
+        (1, "1", None, "device cuda:1: PyTorch finds only cuda:0, cpu"),
+        (0, "1", None, "cpu"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        if rank:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        if " " in found:
+            with pytest.raises(ValueError, match=found):
+                latents.pick_device(name)
+        else:
+            assert latents.pick_device(name) == torch.device(found)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 # ------------------------------------------------------------------ tables
 
 

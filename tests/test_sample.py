@@ -19,6 +19,7 @@ from torch import nn
 
 import diffusion
 import sample
+from benchmarks.gpu import plain_graph
 from latents import CLIP_SAMPLES, LatentStats, MelCodec, load_audio, to_grid
 from sample import generate, load_model, noise_generators
 from tests.conftest import save_model
@@ -157,6 +158,58 @@ def test_bf16_is_close_to_fp32(model):
     a, b = (generate(model, ["dog"], **QUICK | {"precision": x}) for x in ("bf16", "fp32"))
     assert 0 < (a - b).norm() < 0.1 * b.norm()
     assert all(p.dtype == torch.float32 for p in model.unet.parameters())  # the model's own stay
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize("masked, precision", [(True, "fp32"), (False, "bf16")])
+def test_a_graph_changes_nothing(folder, monkeypatch, sampler, masked, precision):
+    """A batch of two and one of one are two graphs, which later calls find again. Each is made of
+    one call's operations: nothing that Python does in a call may matter, nor a number be read."""
+    model, made = load_model(folder), []
+    model.encoder.mask = "cross-attention" if masked else "none"
+
+    def graph(network, inputs):
+        made.append([x.shape[0] for x in inputs])
+        return plain_graph(network, inputs)
+
+    settings = {"sampler": sampler, "precision": precision, "steps": 10, "decode": False}
+    settings |= {"batch_size": 2}
+    expected = generate(model, ["dog", "cat", "owl"], **settings)
+    monkeypatch.setitem(sample.GRAPHS, "cpu", graph)
+    for _ in range(2):
+        assert torch.equal(generate(model, ["dog", "cat", "owl"], **settings), expected)
+    assert made == ([[4, 1, 4, 4], [2, 1, 2, 2]] if masked else [[4, 1, 4], [2, 1, 2]])
+    assert replace(model, steps=3).graphs == {}  # of another network, perhaps
+
+
+def test_without_a_graph(model, monkeypatch):
+    """A driver that can't make one costs a line and time."""
+
+    def fails(*_):
+        raise RuntimeError("CUDA error: operation not permitted")
+
+    expected, streams = generate(model, ["dog"], **QUICK), []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream before")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setitem(sample.GRAPHS, "cpu", sample.capture)
+    with pytest.warns(UserWarning, match="no CUDA graph, so it takes longer: CUDA error"):
+        sounds = generate(replace(model), ["dog"], **QUICK)
+    assert torch.equal(sounds, expected) and streams == ["the stream before"]
+
+
+def test_weights_in_bf16_alone(folder):
+    """As on CUDA: the network takes float32 and t as a tensor, without autocast. And what was
+    loaded in bf16 can't be had in float32 again."""
+    model = load_model(folder)
+    x, text = torch.randn(2, CHANNELS, 24, 21), torch.randn(2, 5, 32)
+    t, mask = torch.tensor([500]), torch.arange(5).expand(2, 5) < 3
+    with torch.no_grad():
+        expected = model.unet(x, 500, text, mask)
+        got = model.unet.bfloat16()(x, t, text, mask)
+    assert got.dtype == torch.bfloat16 and (got - expected).norm() < 2e-2 * expected.norm()
+    with pytest.raises(ValueError, match="load the model with precision"):
+        generate(model, ["dog"], precision="fp32")
 
 
 def test_noise_depends_on_seed_and_number_alone(model):

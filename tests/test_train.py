@@ -3,6 +3,7 @@
 A run here takes a second: a U-Net of two levels, 32 wide, a random BERT, 24 synthetic clips.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import diffusion
 import train
+from benchmarks.gpu import Operations
 from latents import LatentStats, MelCodec, to_grid
 from train import PRESETS, Config, clips_of_step, draw, ema_decay, learning_rate, parse_args
 from unet import UNet, UNetConfig
@@ -149,6 +151,16 @@ def test_draw_depends_on_seed_step_and_place_only():
     noise = [draw(step, i, [""], (2, 3), Config(seed=seed))[2] for seed, step, i in places]
     assert (noise[0] == noise[-1]).all()
     assert all((a != b).all() for a, b in itertools.combinations(noise[:-1], 2))
+
+
+def test_draw_on_a_gpu():
+    """Where its generator stands makes no difference; caption and t are those of a CPU."""
+    generator, c = torch.Generator(), Config(caption_dropout=0.5)
+    places = [(5, 10), (6, 10), (5, 11), (5, 10)]
+    drawn = [draw(*place, ["a", "b"], (2, 3), c, generator) for place in places]
+    assert [x[:2] for x in drawn] == [draw(*place, ["a", "b"], (2, 3), c)[:2] for place in places]
+    assert torch.equal(drawn[0][2], drawn[3][2])
+    assert all((a[2] != b[2]).all() for a, b in itertools.combinations(drawn[:3], 2))
 
 
 def test_draw_is_uniform_and_drops_captions():
@@ -403,6 +415,42 @@ def test_a_gradient_that_is_not_finite_stops_the_run(whole, small, tmp_path, mon
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("options", ["", "--prediction v --frozen-steps 1 --precision bf16"])
+def test_a_step_waits_for_no_number(options, small):
+    """On a GPU that would mean to wait for all that it has to do."""
+    task = make([*small, *options.split()])
+    ema = copy.deepcopy(task.network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(task.network.parameters(), fused=True)
+    batches = [task.batch(0, range(4), task.choose(0, 4))]
+    task.encoder(batches[0][0])
+    with Operations() as operations:  # an error, if there is one
+        entry = train.train_step(task, task.network, ema, optimizer, batches)
+    assert len(operations.done) > 500 and 0 < entry["loss"].item() < 10
+
+
+def test_losses_are_looked_at_later(whole, small, tmp_path, monkeypatch):
+    """As on a GPU: every few steps, and before anything is kept. It is the same run."""
+    monkeypatch.setitem(train.FETCH_EVERY, "cpu", 3)
+    command, original = [*small, *EIGHT, "--out"], train.Denoiser.loss
+    train.main([*command, str(tmp_path / "same")])
+    assert_same_run(tmp_path / "same", whole)
+
+    def loss(task, *args):  # at the fifth step; the sixth is saved
+        return original(task, *args) * (math.nan if task.step == 4 else 1)
+
+    monkeypatch.setattr(train.Denoiser, "loss", loss)
+    fails([*command, str(tmp_path / "run")], "step 5: loss nan")
+    assert checkpoints(tmp_path / "run") == [3] and len(read_log(tmp_path / "run")) == 4
+
+
+def test_out_of_memory(small, tmp_path, monkeypatch):
+    def loss(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+
+    monkeypatch.setattr(train.Denoiser, "loss", loss)
+    fails([*small, "--out", str(tmp_path / "run")], "try --batch-size 2 --accumulate 2")
+
+
 def test_frozen_blocks_thaw(whole, small, tmp_path):
     options = "--frozen-steps 2 --steps 2 --out".split()
     start = make(small).network.state_dict()
@@ -421,7 +469,8 @@ def test_frozen_blocks_thaw(whole, small, tmp_path):
 # Imports all that ranks need once, then forks those of one run after the other. `victim`: what rank
 # 1 kills three steps before the end, itself or its parent; or "seed", if that is to differ.
 FORK = """
-import json, os, sys
+import json, os, sys, time
+from datetime import timedelta
 from signal import SIG_IGN, SIGINT, SIGKILL, signal
 import torch
 import torch.multiprocessing as mp
@@ -434,11 +483,15 @@ def rank(r, ranks, port, victim, folder, arguments):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
     def train_step(task, *rest):
+        if victim == "hung" and r == 1 and task.step == task.c.steps - 3:
+            time.sleep(8)
+            os._exit(0)
         if victim in ("itself", "parent") and r == 1 and task.step == task.c.steps - 3:
             os.kill(os.getpid() if victim == "itself" else os.getppid(), SIGKILL)
         return original(task, *rest)
 
     train.train_step = train_step
+    train.HUNG = timedelta(seconds=2) if victim == "hung" else train.HUNG
     signal(SIGINT, SIG_IGN)  # which torch would send to ranks without a parent; torchrun doesn't
     try:
         train.main([*arguments, "--seed", "1"] if victim == "seed" and r else arguments)
@@ -454,7 +507,7 @@ for job in jobs:
     try:
         mp.start_processes(rank, tuple(job), nprocs=job[0], start_method="fork")
     except mp.ProcessExitedException as e:
-        if job[2] != "itself" or e.signal_name != "SIGKILL":
+        if job[2] != "hung" and (job[2] != "itself" or e.signal_name != "SIGKILL"):
             raise
 """
 
@@ -476,6 +529,7 @@ def ranks(small, tmp_path_factory):
         ("resumed", 3, "itself"),
         ("resumed", 3, ""),
         ("differ", 2, "seed"),
+        ("hung", 2, "hung"),
         ("killed", 2, "itself"),
         ("killed", 2, "parent"),
     ):
@@ -513,6 +567,12 @@ def test_ranks_that_disagree(ranks):
         line = (ranks / f"seed-{rank}").read_text()
         assert line.startswith(f"error on rank {rank}: ranks differ in settings, data")
     assert not (ranks / "differ").exists()
+
+
+def test_a_rank_that_hangs(ranks):
+    """The other one waits for it no longer than HUNG, here two seconds."""
+    assert "error on rank 0: no word from another rank" in (ranks / "hung-0").read_text()
+    assert not (ranks / "hung-1").exists() and checkpoints(ranks / "hung") == [3]
 
 
 def test_killed_with_sigkill(ranks, small):
