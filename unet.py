@@ -25,6 +25,7 @@ Where we depart from Stable Diffusion: 128 channels in and out, a Linear(1024 �
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -244,33 +245,19 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
     def forward(
-        self, x_t: Tensor, t, text: Tensor, text_mask=None, gradient_checkpointing: bool = False
+        self, x_t: Tensor, t, text: Tensor, text_mask=None, gradient_checkpointing=False, more=None
     ) -> Tensor:
         """Predict the noise in `x_t`.
 
         x_t [B, in_channels, H, W] with H, W ≥ 8, t [B] or one number, text [B, L, text_dim],
         text_mask [B, L] (True or 1: attend) or None: attend to all. `gradient_checkpointing` keeps
-        each layer's input only and computes the rest again in the backward pass.
+        each layer's input only and computes the rest again in the backward pass. `more`: tensors
+        to add to each skip, and last to the middle (a ControlNet's).
         """
-        condition = self.condition(x_t, t, text, text_mask)
-
-        def layer(level: Level, i: int, h: Tensor) -> Tensor:
-            if gradient_checkpointing:
-                return checkpoint(level.layer, i, h, *condition, use_reentrant=False)
-            return level.layer(i, h, *condition)
-
-        h = self.conv_in(x_t.to(self.conv_in.weight.dtype))  # [B, 320, 24, 21]
-        skips = [h]
-        for level in self.down_blocks:
-            for i in range(len(level.resnets)):
-                h = layer(level, i, h)
-                skips.append(h)
-            if hasattr(level, "downsamplers"):
-                h = level.downsamplers[0]["conv"](h)
-                skips.append(h)
-
-        for i in range(2):
-            h = layer(self.mid_block, i, h)  # [B, 1280, 3, 3]
+        layer = self.layers(x_t, t, text, text_mask, gradient_checkpointing)
+        h, skips = self.way_down(self.conv_in(x_t.to(self.conv_in.weight.dtype)), layer)
+        if more is not None:
+            *skips, h = (x + y for x, y in zip([*skips, h], more, strict=True))
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
@@ -282,15 +269,35 @@ class UNet(nn.Module):
 
         return self.conv_out(F.silu(self.conv_norm_out(h)))  # [B, 128, 24, 21]
 
-    def condition(self, x_t: Tensor, t, text: Tensor, text_mask: Tensor | None) -> tuple:
-        """What each layer is told besides: t's embedding, the projected text, its mask."""
+    def layers(self, x_t: Tensor, t, text: Tensor, text_mask, checkpointing: bool) -> Callable:
+        """(level, i, h) → the level's layer i of h; t's embedding and the text are in it."""
         emb = self.time_embedding(torch.as_tensor(t, device=x_t.device).expand(len(x_t)))
         text = text.to(emb.dtype)
         if self.config.text_dim is not None:
             text = self.encoder_hid_proj(text)  # [B, L, 768]
         if text_mask is not None:
             text_mask = text_mask.bool()[:, None, None, :]  # [B, 1 (heads), 1 (pixels), L]
-        return emb, text, text_mask
+
+        def layer(level: Level, i: int, h: Tensor) -> Tensor:
+            if checkpointing:
+                return checkpoint(level.layer, i, h, emb, text, text_mask, use_reentrant=False)
+            return level.layer(i, h, emb, text, text_mask)
+
+        return layer
+
+    def way_down(self, h: Tensor, layer: Callable) -> tuple[Tensor, list[Tensor]]:
+        """From conv_in's output [B, 320, 24, 21] to the mid block's [B, 1280, 3, 3], and skips."""
+        skips = [h]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                h = layer(level, i, h)
+                skips.append(h)
+            if hasattr(level, "downsamplers"):
+                h = level.downsamplers[0]["conv"](h)
+                skips.append(h)
+        for i in range(2):
+            h = layer(self.mid_block, i, h)
+        return h, skips
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `diffusion_pytorch_model.safetensors`, as diffusers does."""

@@ -20,14 +20,12 @@ which leaves the projection of the text to its caller.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import latents
 import sample
@@ -56,32 +54,6 @@ def loudness(codec: latents.EncodecCodec | latents.MelCodec, stored: Tensor) -> 
 
 
 # ---- the network ---------------------------------------------------------------------------------
-
-
-def layers(gradient_checkpointing: bool, *condition) -> Callable:
-    """(level, i, h) -> the level's layer i of h, as in UNet.forward."""
-
-    def layer(level: nn.Module, i: int, h: Tensor) -> Tensor:
-        if gradient_checkpointing:
-            return checkpoint(level.layer, i, h, *condition, use_reentrant=False)
-        return level.layer(i, h, *condition)
-
-    return layer
-
-
-def way_down(unet: UNet, h: Tensor, layer: Callable) -> tuple[Tensor, list[Tensor]]:
-    """From what conv_in gives to what the mid block gives, and the skips, as in UNet.forward."""
-    skips = [h]
-    for level in unet.down_blocks:
-        for i in range(len(level.resnets)):
-            h = layer(level, i, h)
-            skips.append(h)
-        if hasattr(level, "downsamplers"):
-            h = level.downsamplers[0]["conv"](h)
-            skips.append(h)
-    for i in range(2):
-        h = layer(unet.mid_block, i, h)
-    return h, skips
 
 
 def zero_conv(in_channels: int, out_channels: int, size: int = 1) -> nn.Conv2d:
@@ -120,8 +92,8 @@ class ControlNet(UNet):
         embedding, dtype = self.controlnet_cond_embedding, self.conv_in.weight.dtype
         x_t, picture = x_t.to(dtype), picture.to(dtype)
         h = self.conv_in(x_t) + embedding["conv_out"](F.silu(embedding["conv_in"](picture)))
-        layer = layers(gradient_checkpointing, *self.condition(x_t, t, text, text_mask))
-        h, skips = way_down(self, h, layer)
+        layer = self.layers(x_t, t, text, text_mask, gradient_checkpointing)
+        h, skips = self.way_down(h, layer)
         more = [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips, strict=True)]
         return [*more, self.controlnet_mid_block(h)]
 
@@ -143,17 +115,7 @@ class Controlled(nn.Module):
         self, x_t: Tensor, t, text: Tensor, text_mask=None, gradient_checkpointing: bool = False
     ) -> Tensor:
         unet, rest = self.unet, (x_t, t, text, text_mask, gradient_checkpointing)
-        *more, middle = self.net(self.picture.expand(len(x_t), -1, -1, -1), *rest)
-        layer = layers(gradient_checkpointing, *unet.condition(x_t, t, text, text_mask))
-        h, skips = way_down(unet, unet.conv_in(x_t.to(unet.conv_in.weight.dtype)), layer)
-        h, skips = h + middle, [skip + m for skip, m in zip(skips, more, strict=True)]
-        for level in unet.up_blocks:
-            for i in range(len(level.resnets)):
-                h = layer(level, i, torch.cat([h, skips.pop()], dim=1))
-            if hasattr(level, "upsamplers"):
-                h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
-                h = level.upsamplers[0]["conv"](h)
-        return unet.conv_out(F.silu(unet.conv_norm_out(h)))
+        return unet(*rest, more=self.net(self.picture.expand(len(x_t), -1, -1, -1), *rest))
 
 
 # ---- training ------------------------------------------------------------------------------------
