@@ -21,6 +21,7 @@ Departures. The papers' LLM is Alpaca 7B in int8; here it is any that transforme
 
 import argparse
 import copy
+import hashlib
 import importlib.util
 import json
 import os
@@ -394,7 +395,8 @@ def process(c: Options, steps: dict) -> Path:
     path = Path(c.out, f"{c.step}.jsonl" if ranks == 1 else f"{c.step}.{rank}-of-{ranks}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = path.with_suffix(".settings.json")
-    same = {"table": os.path.abspath(c.table), "records": len(records), "out": "", "device": ""}
+    table = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+    same = {"table": table, "class_labels": "", "out": "", "device": ""}
     now = json.dumps(vars(c) | same, indent=1)
     if settings.exists() and settings.read_text() != now:
         raise ValueError(f"{path}: begun with other settings ({settings.name}); use a new --out")

@@ -262,8 +262,9 @@ def in_common(sets: dict[str, dict[str, Path]]) -> tuple[dict[str, dict[str, Pat
     made, real = sets["generated"], sets["reference"]
     paired = {k: paths for k, paths in sets.items() if k != "reference" or made.keys() & real}
     shared = sorted(set.intersection(*map(set, paired.values())))
-    if len(shared) < 2:
-        raise ValueError(f"{', '.join(sets)}: {len(shared)} names are in all of them; expected 2")
+    for names, where in ((shared, ", ".join(paired)), (real, "reference")):
+        if len(names) < 2:
+            raise ValueError(f"{where}: {len(names)} names; expected 2 or more in all of them")
     expected = made.keys() | (real if "reference" in paired else {})
     lacks = {k: sorted(expected - paths.keys()) for k, paths in paired.items()}
     return sets | {k: {n: paths[n] for n in shared} for k, paths in paired.items()}, lacks
@@ -375,6 +376,10 @@ def main(arguments: list[str] | None = None) -> None:
         run(parser.parse_args(arguments))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        if not latents.lost_rank(e):
+            raise
+        sys.exit("error: another rank is gone")
 
 
 if __name__ == "__main__":

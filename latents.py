@@ -366,6 +366,11 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 natural, positive = number(int, 0), number(int, 1)
 
 
+def lost_rank(e: RuntimeError) -> bool:
+    """Is it that another rank has died or hangs?"""
+    return bool(re.search("Timed out|Connection closed|reset by peer", str(e)))
+
+
 def keep_freed_memory() -> None:
     """From here on, large blocks that are freed stay with this process, and serve its main thread
     again. glibc gives them back to the system, which clears each page when they are asked for
@@ -501,10 +506,10 @@ def lock(file: IO, place: int = 0) -> None:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-    except ImportError:  # on Windows
-        pass
-    except OSError as e:
+    except (BlockingIOError, PermissionError) as e:
         raise OSError(f"{file.name}: another command is writing there") from e
+    except (ImportError, OSError):  # on Windows; on a disk that knows no locks
+        pass
 
 
 def read_json(path: Path, *keys: str) -> dict:
@@ -686,9 +691,11 @@ load_whole = functools.lru_cache(1)(load_audio)  # its clips follow one another
 #   skipped.csv                file, reason of what could not be read: rows and lines left empty
 #   codec.json                 the codec's settings, and what tells whether a run may go on
 #   latent_stats.safetensors   LatentStats over all clips; written last
+#   done                       a byte for each row: 1 for a clip, 3 for a silent one, 2 for none
 #
-# Until then the file "done" has a byte for each row: 1 for a clip, 3 for a silent one, 2 for none.
 # A batch is a function of its rows: the result depends on neither ranks nor interruptions.
+
+COMPLETING = 2**40  # the place of "done" that the rank locks which writes the last files
 
 
 def encode_dataset(
@@ -715,13 +722,13 @@ def encode_dataset(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
-    about = {"codec": codec.settings(), "batch_size": batch_size}
-    about |= {"table": hashlib.sha256(b"".join(lines)).hexdigest()}
+    table = hashlib.sha256(b"".join(lines)).hexdigest()
+    about = {"codec": codec.settings(), "table": table}
     if (folder / "codec.json").exists():
         old = read_json(folder / "codec.json", *about)
         if wrong := [key for key in about if old[key] != about[key]]:
             raise ValueError(f"{folder}: begun with another {wrong[0]}; choose another folder")
-        if (folder / "latent_stats.safetensors").exists() and not (folder / "done").exists():
+        if (folder / "latent_stats.safetensors").exists():
             return True
     else:
         write_aside(folder / "codec.json", json.dumps(about).encode())
@@ -758,12 +765,14 @@ def encode_dataset(
             done.seek(first)
             done.write(bytes(batch))
             done.flush()
-    if (folder / "done").exists():  # else another rank has completed it
-        marks = np.fromfile(folder / "done", np.uint8)
-        if marks.all():
-            complete(folder, codec, lines, np.flatnonzero(marks != 2))
-            if silent := (marks == 3).sum():
-                print(f"{folder}: {silent} clips are silent")
+        done.seek(0)
+        marks = np.frombuffer(done.read(), np.uint8)
+        if marks.all():  # else another rank is still at work
+            try:
+                lock(done, COMPLETING)
+            except OSError:  # another rank is at it
+                return False
+            complete(folder, codec, lines, marks)
     return (folder / "latent_stats.safetensors").exists()
 
 
@@ -781,14 +790,17 @@ def load_batch(rows: list[dict], load: Callable, batch_size: int, first: int) ->
     return first, torch.cat(waves).numpy(), marks, skipped
 
 
-def complete(folder: Path, codec, lines: list[bytes], kept: np.ndarray) -> None:
-    """Write the files about all clips; `kept` are the rows that hold one."""
+def complete(folder: Path, codec, lines: list[bytes], marks: np.ndarray) -> None:
+    """Write the files about all clips."""
+    kept, silent = np.flatnonzero(marks != 2), (marks == 3).sum()
+    if silent:
+        print(f"{folder}: {silent} clips are silent")
     report = sorted(set((folder / "skipped.csv").read_text("utf-8").splitlines()))
     report = "".join(line + "\n" for line in report if line != "file,reason")
     write_aside(folder / "skipped.csv", f"file,reason\n{report}".encode())
     if len(kept) == 0:
         raise ValueError(
-            f"{folder}: all rows were skipped, see skipped.csv; delete it to try again"
+            f"{folder}: all rows were skipped: see its skipped.csv, and delete it to try again"
         )
     there = set(kept.tolist())
     texts = (line if i in there else b"\n" for i, line in enumerate(lines))
@@ -796,9 +808,10 @@ def complete(folder: Path, codec, lines: list[bytes], kept: np.ndarray) -> None:
     codes = np.load(folder / "codes.npy", "r")
     batches = (codes[kept[i : i + 64]] for i in range(0, len(kept), 64))  # whatever the batch size
     stats = (LatentStats.of(codec.dequantize(torch.from_numpy(batch))) for batch in batches)
-    functools.reduce(LatentStats.merge, stats).save(folder / "latent_stats.safetensors")
-    for left in (*folder.glob(".*.tmp"), folder / "done"):  # by kills; and by this
-        left.unlink(missing_ok=True)
+    stats = functools.reduce(LatentStats.merge, stats)
+    for torn in folder.glob(".*.tmp"):  # by a kill
+        torn.unlink()
+    stats.save(folder / "latent_stats.safetensors")
 
 
 class LatentDataset:
@@ -825,7 +838,9 @@ class LatentDataset:
         ends = [i + 1 + np.flatnonzero(self.text[i : i + 2**26] == ord("\n")) for i in pieces]
         self.lines = np.concatenate([[0], *ends])  # line i is text[lines[i]:lines[i + 1]]
         if len(self.lines) != len(self.codes) + 1:
-            raise ValueError(f"{folder}: damaged, {len(self.codes)} rows, {len(self.lines)} lines")
+            raise ValueError(
+                f"{folder}: damaged, {len(self.codes)} rows, {len(self.lines) - 1} lines"
+            )
         self.rows = np.flatnonzero(np.diff(self.lines) > 1)  # where clip i is; skipped are empty
 
     def __reduce__(self):  # on its way to a worker process: opened again there
@@ -866,7 +881,7 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
     add = parser.add_argument
     add("command", choices=["encode"])
     add("audio_folder", type=Path, help="where the table's files are, by name or by id")
-    add("table", type=Path, help="a .csv, .tsv, .jsonl or .json file")
+    add("table", type=Path, help="a .csv, .tsv, .jsonl, .json or .txt file")
     add("--out", type=Path, required=True, help="folder of the data set; continued if begun")
     add("--codec", choices=["encodec", "mel"], default="encodec", help="default: encodec")
     add("--class-labels", type=Path, help="AudioSet's class_labels_indices.csv")
@@ -886,7 +901,7 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
         options |= {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
         if encode_dataset(args.out, codec, rows, load, **options):
             n = len(LatentDataset(args.out))
-            print(f"{args.out}: {n} clips; {len(rows) - n} rows skipped, see skipped.csv")
+            print(f"{args.out}: {n} clips; {len(rows) - n} rows skipped, see its skipped.csv")
     except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: a worker that died
         sys.exit(f"error: {e}")
 

@@ -114,6 +114,8 @@ def load_model(
         alphas_cumprod = diffusion.shifted(alphas_cumprod, about["schedule_shift"]).to(device)
         unet = UNet.from_pretrained(folder / "unet").eval()
         rest = about["prediction"], float(about["guidance"]), int(about["denoising_steps"])
+    except torch.OutOfMemoryError:
+        raise
     except (LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
         raise ValueError(f"{folder}: damaged, or its parts don't fit together ({e!r:.80})") from e
     half = device.type == "cuda" and latents.pick_precision(precision, device) == "bf16"

@@ -287,7 +287,7 @@ class Denoiser:
                 losses = self.loss(network, captions, stored, 250 * q + t // 4, noise)
                 sums[q] += losses.double().sum()
         if ranks > 1:
-            dist.all_reduce(sums, group=self.group)
+            dist.all_reduce(sums)  # one rank may have a batch more: this has an hour
         bins = (sums / n).tolist()
         return {"val_loss": sum(bins) / 4, "val_loss_bins": bins}
 
@@ -308,7 +308,7 @@ class Denoiser:
 
 
 def compose_tiny() -> None:
-    """Make the tiny data sets, once a machine; other ranks wait."""
+    """Make the tiny data sets, once; other ranks wait."""
     done = all((TINY / "data" / split / STORED[0]).is_file() for split in ("train", "test"))
     if not done and os.environ.get("LOCAL_RANK", "0") == "0":
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
@@ -591,15 +591,17 @@ def main(arguments: list[str] | None = None) -> None:
         train(c)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: the same command goes on from the newest checkpoint")
-    except torch.OutOfMemoryError:
-        smaller = f"--batch-size {max(1, c.batch_size // 2)} --accumulate {2 * c.accumulate}"
-        sys.exit(f"error: out of memory: try {smaller}, or --gradient-checkpointing")
     except (ValueError, OSError, subprocess.CalledProcessError) as e:
         sys.exit(f"error on rank {os.environ.get('RANK', 0)}: {e}")  # others may be well
     except RuntimeError as e:
-        if "Timed out" not in str(e):
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            half, rest = divmod(c.batch_size, 2)  # the same run, if that can be
+            smaller = "" if rest else f"--batch-size {half} --accumulate {2 * c.accumulate}, or "
+            sys.exit(f"error: out of memory: try {smaller}--gradient-checkpointing")
+        if not latents.lost_rank(e):
             raise
-        sys.exit(f"error on rank {os.environ.get('RANK', 0)}: no word from another rank ({e})")
+        rank = os.environ.get("RANK", 0)
+        sys.exit(f"error on rank {rank}: no word from another ({str(e).splitlines()[0]})")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

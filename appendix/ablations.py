@@ -220,7 +220,9 @@ def recaption(source: str | Path, target: Path, choose: Callable[[dict], list[st
     for name in ("codes.npy", "latent_stats.safetensors", "codec.json"):
         (target / name).unlink(missing_ok=True)
         (target / name).symlink_to(Path(source, name).resolve())
-    lines = [json.dumps(record) + "\n" for record in records]
+    lines = ["\n"] * len(data.codes)  # of rows that were skipped
+    for row, record in zip(data.rows, records):
+        lines[row] = json.dumps(record) + "\n"
     latents.write_aside(target / "clips.jsonl", "".join(lines).encode())
     return str(target)
 

@@ -8,7 +8,7 @@ the field's second KL, over each class's own probability: no divergence, and it 
 
     python -m appendix.more_metrics GENERATED REFERENCE --clap laion/clap-htsat-unfused
 
-Folders, --table and cache are as in evaluate.py. CLAP's captions are those of the table,
+Folders and --table are as in evaluate.py. CLAP's captions are those of the table,
 or the prompts that sample.py left in its WAVs. The numbers go into OUT/more_metrics.json.
 """
 

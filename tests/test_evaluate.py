@@ -279,7 +279,7 @@ def test_what_cannot_be_compared_is_a_line(folders, tmp_path):
     (tmp_path / "t.csv").write_text("youtube_id,caption\nx,y\n")
     for generated, options, expected in (
         ("twice", (), "twice: 2 audio files of 1 names"),
-        ("one", (), "1 names are in all of them"),
+        ("one", (), "1 names; expected 2 or more"),
         ("torn", (), "05.wav"),
         ("torn", ("--table", tmp_path / "t.csv"), "torn: none of the table's clips"),
         ("torn", ("--classifier", tmp_path / "t.csv"), "t.csv: no Cnn14 of zenodo"),
