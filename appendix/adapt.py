@@ -278,6 +278,9 @@ def table_hash(encoder: TextEncoder) -> str:
     return hashlib.sha256(table.tobytes()).hexdigest()
 
 
+FOREIGN = ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora")  # that change the mathematics
+
+
 @torch.no_grad()
 def add_lora(unet: UNet, path: Path, scale: float = 1.0) -> None:
     """W ← W + scale·(α/r)·B·A, low-rank changes of some of the U-Net's weights; those of several
@@ -285,6 +288,11 @@ def add_lora(unet: UNet, path: Path, scale: float = 1.0) -> None:
     tensors, about = read_tensors(path)
     about = json.loads(about.get("lora_adapter_metadata", "{}"))  # peft's settings, by diffusers
     about = {key.removeprefix("unet."): value for key, value in about.items()}
+    strange = [key for key in FOREIGN if about.get(key)]
+    strange += [key for key in tensors if ".lora_down." in key][:1]  # kohya's scripts
+    if strange or about.get("init_lora_weights") in ("pissa", "olora", "corda", "loftq"):
+        raise ValueError(f"{path}: another kind of LoRA ({strange or 'of other base weights'}); "
+                         "diffusers' save_lora_weights writes what is read here")  # fmt: skip
     weights, changes = dict(unet.named_parameters()), {}
     for name in sorted({key.partition(".lora_")[0] for key in tensors}):
         A, B = (tensors.pop(f"{name}.lora_{x}.weight", torch.empty(0, 0)) for x in "AB")
@@ -293,10 +301,11 @@ def add_lora(unet: UNet, path: Path, scale: float = 1.0) -> None:
         if W.dim() != 2 or (*B.shape[:1], *A.shape[1:]) != W.shape or B.shape[1:] != A.shape[:1]:
             raise ValueError(f"{path}: no LoRA for this U-Net: {name} doesn't fit")
         r = len(A)  # the layer's own: what a rank_pattern says is to be seen here
+        root = r**0.5 if about.get("use_rslora") else r  # Kalajdzievski, 2023
         alpha = about.get("lora_alpha", r)
         for pattern, value in about.get("alpha_pattern", {}).items():
             alpha = value if re.fullmatch(rf"(.*\.)?({pattern})", layer) else alpha
-        changes[W] = scale * alpha / r * (B.to(W) @ A.to(W))
+        changes[W] = scale * alpha / root * (B.to(W) @ A.to(W))
     if tensors or not changes:
         raise ValueError(f"{path}: expected NAME.lora_A.weight and NAME.lora_B.weight, and no more")
     for W, change in changes.items():

@@ -15,7 +15,7 @@ import soundfile
 import torch
 from conftest import save_model
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
 import sample
 import train
@@ -200,7 +200,7 @@ def test_diffusers_and_peft_read_and_write_what_we_do(root, begin, tmp_path):
 
     # The other way: files of theirs, whose α isn't the rank, and whose layers differ in both.
     patterns = {"rank_pattern": {"attn1.to_q": 5}, "alpha_pattern": {"up_blocks.*to_q": 3}}
-    for more in ({}, patterns):
+    for more in ({}, patterns, {"use_rslora": True}):
         theirs = UNet2DConditionModel.from_pretrained(root / "model" / "unet")
         options = {"r": 2, "lora_alpha": 8, "init_lora_weights": False} | more
         theirs.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_out.0"], **options))
@@ -208,6 +208,28 @@ def test_diffusers_and_peft_read_and_write_what_we_do(root, begin, tmp_path):
         ours = UNet.from_pretrained(root / "model")
         adapt.add_lora(ours, tmp_path / "theirs" / LORA)
         compare(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "about, name, complaint",
+    [
+        ({"use_dora": True}, "lora_A", "use_dora"),
+        ({"fan_in_fan_out": True}, "lora_A", "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa"}, "lora_A", "of other base weights"),
+        ({}, "lora_down", "lora_down"),  # kohya's
+        ({}, "lora_magnitude_vector", "expected NAME.lora_A.weight"),
+    ],
+)
+def test_other_kinds_of_lora_are_refused_by_name(about, name, complaint, root, tmp_path):
+    unet = UNet.from_pretrained(root / "model")
+    layer = next(n for n in unet.state_dict() if n.endswith("attn1.to_q.weight"))[:-7]
+    tensors = {f"unet.{layer}.lora_A.weight": torch.ones(2, 32)}
+    tensors[f"unet.{layer}.lora_B.weight"] = torch.ones(32, 2)
+    tensors[f"unet.{layer}.{name}.weight"] = torch.ones(2, 32)
+    about = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 2} | about)}
+    save_file(tensors, tmp_path / "l.safetensors", about)
+    with pytest.raises(ValueError, match=rf"l.safetensors: .*{complaint}"):
+        adapt.add_lora(unet, tmp_path / "l.safetensors")
 
 
 # ---- DreamBooth ----------------------------------------------------------------------------------

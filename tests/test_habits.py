@@ -1,10 +1,14 @@
 """What people's files and habits do to the commands: names, tables, folders."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 
+import captions
 import evaluate
 import latents
 import sample
@@ -75,3 +79,26 @@ def test_what_would_do_something_else_is_refused(
     with pytest.raises(SystemExit) as e:
         make(model, *arguments)
     assert complaint in e.value.code and [x.name for x in tmp_path.iterdir()] == ["x.xlsx"]
+
+
+def test_two_of_the_same_command(tmp_path):
+    """The second is refused in a line, and a kill frees the lock (train and encode have tests)."""
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "labels": ["Dog"]}\n')
+    command = ["single-label", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")]
+    captions.main(command)
+    before, (ready, say) = (tmp_path / "out/single-label.jsonl").read_bytes(), os.pipe()
+    if (pid := os.fork()) == 0:
+        file = open(tmp_path / "out/single-label.jsonl", "ab")
+        latents.lock(file)
+        os.write(say, b"x")
+        time.sleep(60)
+    os.read(ready, 1)
+    with pytest.raises(SystemExit, match="single-label.jsonl: another command is writing there"):
+        captions.main(command)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    captions.main(command)
+    assert (tmp_path / "out/single-label.jsonl").read_bytes() == before
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "labels": ["Cat"]}\n')
+    with pytest.raises(SystemExit, match="begun with other settings"):
+        captions.main(command)

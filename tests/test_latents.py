@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -729,6 +730,17 @@ def die(row):
 def test_a_worker_that_dies_ends_the_command(tmp_path):
     with pytest.raises(RuntimeError, match="worker .* exited unexpectedly"):
         encode_noise(tmp_path, load=die, workers=1)
+
+
+def test_workers_need_no_shared_memory(noise, tmp_path):
+    """Docker gives /dev/shm 64 MB; stood in for by a limit on the size of files there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # a batch of waves has 1.9 MB
+    try:
+        assert encode_noise(tmp_path, workers=2) is True
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == contents(noise)
 
 
 def test_silent_clips_are_counted(tmp_path, capsys):
