@@ -1,4 +1,4 @@
-"""Audio ⇄ latents: the codecs, their statistics, tables of clips, and stored data sets.
+"""Audio ⇄ latents: codecs, their statistics, audio files, tables of clips, stored data sets.
 
 Glossary. A *clip* is 10.08 s of 16 kHz mono audio: 161,280 samples = 504 frames of 320 samples.
 A *codec* turns a clip into small integers, which are stored (`encode`), these into a continuous
