@@ -51,7 +51,7 @@ SAMPLERS = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.dd
 SETTINGS = ("seed", "steps", "guidance", "sampler", "negative", "strength", "precision")
 # What model.json says, by the names that train.py has for it (and beside that its codec)
 MODEL_SETTINGS = ("text_encoder", "max_length", "mask", "prediction", "schedule", "schedule_shift")
-MODEL_SETTINGS += ("guidance", "denoising_steps")
+MODEL_SETTINGS += ("guidance", "denoising_steps", "shifted_rows")
 
 
 @dataclass
@@ -78,6 +78,27 @@ class Model:
         """x_0 [B, C, 24, 21] -> waves [B, 161280] on the CPU: for each row of the 24, 6,720."""
         z = self.stats.denormalize(self.codec.to_sequence(x_0))  # [B, C, 504]
         return self.codec.decode(z).float().cpu()
+
+
+class ShiftedRows(nn.Module):
+    """A U-Net whose picture begins at another frame at each t, as its rows do: what row r ends with
+    isn't next to what row r + 1 begins with, so there a network leaves seams. These move, and the
+    sampler, which averages over its calls, leaves none. The frames before the first come last."""
+
+    def __init__(self, unet: nn.Module, codec: latents.EncodecCodec | latents.MelCodec):
+        super().__init__()
+        self.unet, self.codec = unet, codec
+        shifts = torch.randint(latents.GRID[1], (1000,), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("shifts", shifts, persistent=False)
+
+    def shift(self, x: Tensor, t: int | Tensor, sign: int = 1) -> Tensor:
+        """[B, C, 24, 21], of which frame i becomes frame i − shifts[t]; or back."""
+        frames = torch.arange(latents.FRAMES, device=x.device) + sign * self.shifts[t]
+        z = self.codec.to_sequence(x)[..., frames % latents.FRAMES]
+        return self.codec.to_grid(z)
+
+    def forward(self, x_t: Tensor, t: int | Tensor, *text: Tensor | None) -> Tensor:
+        return self.shift(self.unet(self.shift(x_t, t), t, *text), t, -1)
 
 
 def read_settings(folder: str | Path) -> dict:
@@ -113,6 +134,7 @@ def load_model(
         alphas_cumprod = diffusion.SCHEDULES[about["schedule"]]()
         alphas_cumprod = diffusion.shifted(alphas_cumprod, about["schedule_shift"]).to(device)
         unet = UNet.from_pretrained(folder / "unet").eval()
+        unet = ShiftedRows(unet, codec) if about["shifted_rows"] else unet
         rest = about["prediction"], float(about["guidance"]), int(about["denoising_steps"])
     except torch.OutOfMemoryError:
         raise

@@ -112,8 +112,9 @@ class Config:
     checkpoint_every: int = option(500, "steps", 1)
     validate_every: int = option(500, "steps", 1)
     val_clips: int = option(128, "clips of the validation loss", 1)
-    guidance: float = option(3.0, "what sample.py takes unless told otherwise", 0)
-    denoising_steps: int = option(45, "the same", 1, 1000)
+    guidance: float = option(2.0, "what sample.py takes unless told otherwise", 0)
+    denoising_steps: int = option(20, "the same", 1, 1000)
+    shifted_rows: bool = option(True, "sample.py moves the picture's rows, so there are no seams")
     resume: bool = option(True, "go on from the newest checkpoint; no: set the old run aside")
 
 
@@ -123,7 +124,8 @@ PAPER |= {"block_out_channels": (320, 640, 1280, 1280), "attention": (1, 1, 1, 0
 PAPER |= {"layers_per_block": 2, "num_heads": 8, "cross_attention_dim": 768, "prediction": "eps"}
 PAPER |= {"schedule_shift": 1.0, "steps": 60_000, "batch_size": 192, "lr": 2.56e-4, "beta2": 0.999}
 PAPER |= {"warmup_steps": 1000, "gradient_checkpointing": True, "checkpoint_every": 1000}
-PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5}
+PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5, "denoising_steps": 45}
+PAPER |= {"shifted_rows": False}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
 FETCH_EVERY = {"cuda": 10}  # steps: to look at a step's loss is to wait for it; elsewhere 1
 PATIENT, HUNG = timedelta(hours=1), timedelta(minutes=2)  # ranks wait for others; in a step
@@ -132,7 +134,7 @@ STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells
 # global batch and the data, compared as such.)
 MAY_CHANGE = set(
     "out data val_data device resume compile deterministic gradient_checkpointing batch_size "
-    "accumulate encodec_weights checkpoint_every validate_every guidance denoising_steps".split()
+    "accumulate encodec_weights checkpoint_every validate_every guidance denoising_steps shifted_rows".split()
 )
 
 

@@ -20,6 +20,7 @@ which leaves the projection of the text to its caller.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,17 +106,19 @@ class ControlNet(UNet):
 
 class Controlled(nn.Module):
     """A U-Net and the ControlNet that makes it follow `picture` [1 or B, 1, 24, 21]; called as the
-    U-Net is."""
+    U-Net is. `shift`: what is done to x_t before that, picture and t -> picture."""
 
-    def __init__(self, unet: UNet, net: nn.Module, picture: Tensor):
+    def __init__(self, unet: UNet, net: nn.Module, picture: Tensor, shift: Callable | None = None):
         super().__init__()
         self.unet, self.net, self.picture = unet, net, picture
+        self.shift = shift or (lambda picture, t: picture)
 
     def forward(
         self, x_t: Tensor, t, text: Tensor, text_mask=None, gradient_checkpointing: bool = False
     ) -> Tensor:
         unet, rest = self.unet, (x_t, t, text, text_mask, gradient_checkpointing)
-        return unet(*rest, more=self.net(self.picture.expand(len(x_t), -1, -1, -1), *rest))
+        picture = self.shift(self.picture, t).expand(len(x_t), -1, -1, -1)
+        return unet(*rest, more=self.net(picture, *rest))
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -152,13 +155,18 @@ def parse_args(arguments: list[str] | None = None) -> train.Config:
 def add_control(model: sample.Model, folder: str | Path, wave: Tensor) -> sample.Model:
     """The model, following the loudness of `wave`, 16 kHz [samples], by a ControlNet's folder.
     ValueError for another U-Net's."""
-    net = ControlNet.from_pretrained(folder)
-    if net.config != model.unet.config:
+    net, shifted = ControlNet.from_pretrained(folder), isinstance(model.unet, sample.ShiftedRows)
+    unet = model.unet.unet if shifted else model.unet
+    if net.config != unet.config:
         raise ValueError(f"{folder}: the ControlNet of another U-Net")
     net.eval().to(model.device, memory_format=torch.channels_last)
     stored = model.codec.encode(latents.to_clip(wave).to(model.device))
     picture = loudness(model.codec, stored)  # [1, 1, 24, 21]
-    return replace(model, unet=Controlled(model.unet, net, picture))
+    if not shifted:
+        return replace(model, unet=Controlled(unet, net, picture))
+    rows = sample.ShiftedRows(unet, model.codec)
+    rows.unet = Controlled(unet, net, picture, rows.shift)
+    return replace(model, unet=rows.to(model.device))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     seen = {}  # sample -> {t: latent}
 
     def make(model: sample.Model, prompts: list[str], control, controlnet, **settings) -> Tensor:
-        if control and not isinstance(model.unet, Controlled):  # at the first batch
+        if control and Controlled not in map(type, model.unet.modules()):  # at the first batch
             model.unet = add_control(model, controlnet, latents.load_audio(control)).unet
         timesteps = diffusion.timestep_sequence(len(model.alphas_cumprod), args.steps)
         if not all(1 <= i <= args.steps for i in args.steps_image):

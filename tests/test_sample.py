@@ -154,6 +154,27 @@ def test_what_the_network_is_called_with(model):
     assert torch.equal(text, model.encoder(["loud"] * 3 + prompts)[0])
 
 
+def test_rows_that_shift_leave_no_seams(folder, tmp_path):
+    """A network that marks the first frame of each row marks every frame alike, on average over t;
+    what it does frame by frame stays in its place. model.json decides."""
+
+    class Marks(nn.Module):
+        def forward(self, x_t, t, *text):
+            return x_t + (torch.arange(21) == 0)
+
+    model = load_model(folder)
+    rows, x = sample.ShiftedRows(Marks(), model.codec), torch.randn(2, CHANNELS, 24, 21)
+    marks = torch.stack([rows(x, t) - x for t in range(1000)]).mean(0)
+    assert marks.mean().sub(1 / 21).abs() < 1e-6 and marks.std() < 0.01
+    assert torch.equal(rows(x, torch.tensor([7])), rows(x, 7))  # as CUDA graphs give t
+
+    shutil.copytree(folder, tmp_path / "model")
+    edit(tmp_path / "model", shifted_rows=False)
+    plain = load_model(tmp_path / "model")
+    assert isinstance(model.unet, sample.ShiftedRows) and isinstance(plain.unet, UNet)
+    assert not torch.equal(*(generate(m, ["dog"], **QUICK) for m in (model, plain)))
+
+
 def test_bf16_is_close_to_fp32(model):
     a, b = (generate(model, ["dog"], **QUICK | {"precision": x}) for x in ("bf16", "fp32"))
     assert 0 < (a - b).norm() < 0.1 * b.norm()
