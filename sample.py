@@ -18,8 +18,9 @@ or from Python: `generate(load_model("tiny/model"), ["dog barking"], seed=0)`, a
 
 The same seed gives the same noise, bit for bit, whatever the batch size, the number of ranks or the
 device, and so the same sound up to rounding. A WAV's comment holds prompt, number and settings:
-`generate` with indices=[number] makes it again by itself. For inpainting, longer sounds, sounds
-between two prompts and pictures see appendix/edit.py.
+`generate` with indices=[number] makes it again by itself. Not in the papers: rows of the picture
+that shift from step to step (ShiftedRows), where a model folder asks for them. For inpainting,
+longer sounds, sounds between two prompts and pictures see appendix/edit.py.
 """
 
 import argparse

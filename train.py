@@ -134,7 +134,8 @@ STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells
 # global batch and the data, compared as such.)
 MAY_CHANGE = set(
     "out data val_data device resume compile deterministic gradient_checkpointing batch_size "
-    "accumulate encodec_weights checkpoint_every validate_every guidance denoising_steps shifted_rows".split()
+    "accumulate encodec_weights checkpoint_every validate_every guidance denoising_steps "
+    "shifted_rows".split()
 )
 
 

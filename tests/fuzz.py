@@ -175,13 +175,13 @@ def make_good(root: Path) -> None:
     shutil.copytree(root / "bert", root / "text encoder")
     shutil.copy(root / "model/unet/config.json", root / "U-Net .bin")
     model = sample.load_model(root / "model")
-    torch.save(model.unet.state_dict(), root / "U-Net .bin/diffusion_pytorch_model.bin")
-    ControlNet.copy_of(model.unet).save_pretrained(root / "ControlNet")
+    torch.save(model.unet.unet.state_dict(), root / "U-Net .bin/diffusion_pytorch_model.bin")
+    ControlNet.copy_of(model.unet.unet).save_pretrained(root / "ControlNet")
 
     words = {"<dog>": torch.zeros(32), "<cat>": torch.ones(32)}
     about = {"text_encoder": adapt.table_hash(model.encoder)}
     save_file(words, root / "words/words.safetensors", about)
-    to_q = next(n for n in model.unet.state_dict() if n.endswith("attn2.to_q.weight"))[:-7]
+    to_q = next(n for n in model.unet.unet.state_dict() if n.endswith("attn2.to_q.weight"))[:-7]
     lora = {f"unet.{to_q}.lora_{x}.weight": torch.ones(n, 34 - n) for x, n in zip("AB", (2, 32))}
     about = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 2})}
     save_file(lora, root / "LoRA/lora.safetensors", about)
