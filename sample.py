@@ -2,7 +2,7 @@
 
     x_T ~ N(0, I)                                               from (seed, number of the sample)
     ε   = ε_θ(x_t, t, ∅) + s·(ε_θ(x_t, t, y) − ε_θ(x_t, t, ∅))  guidance, s = 6.5 (the papers)
-    x_0 = sampler(ε, x_T)                                       PNDM, 45 steps
+    x_0 = sampler(ε, x_T)                                       PNDM, 45 steps (the papers)
     wave = decode(x_0·std + mean)                               10.08 s at 16 kHz
 
 y is the prompt, ∅ the empty text or the negative prompt. Image-to-image takes only the last share
@@ -83,8 +83,8 @@ class Model:
 
 class ShiftedRows(nn.Module):
     """A U-Net whose picture begins at another frame at each t, as its rows do: what row r ends with
-    isn't next to what row r + 1 begins with, so there a network leaves seams. These move, and the
-    sampler, which averages over its calls, leaves none. The frames before the first come last."""
+    isn't next to what row r + 1 begins with, so there a network leaves seams. Here these move, and
+    the calls of a sampler average them out. The frames before the first come last."""
 
     def __init__(self, unet: nn.Module, codec: latents.EncodecCodec | latents.MelCodec):
         super().__init__()

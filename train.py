@@ -114,7 +114,7 @@ class Config:
     val_clips: int = option(128, "clips of the validation loss", 1)
     guidance: float = option(2.0, "what sample.py takes unless told otherwise", 0)
     denoising_steps: int = option(20, "the same", 1, 1000)
-    shifted_rows: bool = option(True, "sample.py moves the picture's rows, so there are no seams")
+    shifted_rows: bool = option(True, "sample.py moves the rows at each step, against seams")
     resume: bool = option(True, "go on from the newest checkpoint; no: set the old run aside")
 
 

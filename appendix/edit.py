@@ -4,7 +4,7 @@
     python -m appendix.edit "a train passing by" --seconds 30              by windows that overlap
     python -m appendix.edit "rain" --to "applause" -n 5                    in five files
     python -m appendix.edit "rain" --control bark.wav --controlnet runs/controlnet/model
-    python -m appendix.edit "rain" --steps-image 1,15,30,45                P2, figure 8
+    python -m appendix.edit "rain" --steps 45 --steps-image 1,15,30,45     P2, figure 8
 
 All other options are sample.py's, and all of these can be combined. Each is something wrapped
 around the U-Net, which sample.py then samples from as from any other:

@@ -125,6 +125,21 @@ class Waves:
     to_grid = staticmethod(to_grid)
 
 
+def test_the_picture_shifts_with_the_rows(root, tmp_path):
+    """Frame by frame the ControlNet sees x_t beside the loudness of the recording at that time."""
+    model = sample.load_model(root / "model")
+    ControlNet.copy_of(model.unet.unet).save_pretrained(tmp_path)
+    rows, seen = control.add_control(model, tmp_path, torch.randn(CLIP_SAMPLES)).unet, []
+    rows.unet.net.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[:2]))
+    ramp = torch.arange(24.0 * 21).view(1, 1, 24, 21)
+    rows.unet.picture, text = ramp, inputs()[2]
+    with torch.no_grad():
+        rows(ramp.expand(2, 128, 24, 21), 500, text)
+    picture, x_t = seen
+    assert rows.shifts[500] > 0 and torch.equal(picture, x_t[:, :1])
+    assert picture[0, 0, 0, 0] == rows.shifts[500]
+
+
 def test_loudness():
     wave = torch.sin(torch.arange(CLIP_SAMPLES) * 0.5)[None] * 0.05
     wave[:, CLIP_SAMPLES // 2 :] *= 10
