@@ -186,7 +186,8 @@ class Cnn14(nn.Module):
             model.load_state_dict(state)
             model.sha256 = file_sha256(path)
         except Exception as e:  # of many types: a damaged byte leads the unpickler anywhere
-            raise ValueError(f"{path}: no Cnn14 of zenodo.org/record/3987831 ({e!r:.80})") from e
+            right = "Cnn14_16k_mAP=0.438.pth (for 16 kHz) of zenodo.org/record/3987831"
+            raise ValueError(f"{path}: expected {right} ({e!r:.80})") from e
         return model.eval().requires_grad_(False)
 
 

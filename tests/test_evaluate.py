@@ -282,7 +282,7 @@ def test_what_cannot_be_compared_is_a_line(folders, tmp_path):
         ("one", (), "1 names; expected 2 or more"),
         ("torn", (), "05.wav"),
         ("torn", ("--table", tmp_path / "t.csv"), "torn: none of the table's clips"),
-        ("torn", ("--classifier", tmp_path / "t.csv"), "t.csv: no Cnn14 of zenodo"),
+        ("torn", ("--classifier", tmp_path / "t.csv"), "t.csv: expected Cnn14_16k"),
     ):
         with pytest.raises(SystemExit) as e:
             command(folders, tmp_path / generated, folders / "reference", *options, out=tmp_path)
