@@ -26,7 +26,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import warnings
 import zlib
 from functools import cached_property
@@ -37,7 +36,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from latents import lock, natural, number, pick_device, positive, read_table, template, write_aside
+import latents
+from latents import natural, number, positive, template, write_aside
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -389,7 +389,7 @@ def process(c: Options, steps: dict) -> Path:
     joined, they are what one rank gives. A killed run goes on after the last whole batch.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    records = read_table(c.table, c.class_labels)
+    records = latents.read_table(c.table, c.class_labels)
     if bare := [record["id"] for record in records if not record["labels"]]:
         raise ValueError(f"{c.table}: {bare[0]} has no labels to make a caption of")
     path = Path(c.out, f"{c.step}.jsonl" if ranks == 1 else f"{c.step}.{rank}-of-{ranks}.jsonl")
@@ -405,7 +405,7 @@ def process(c: Options, steps: dict) -> Path:
     batches = [records[i : i + c.batch_size] for i in range(0, len(records), c.batch_size)]
     batches = batches[len(batches) * rank // ranks : len(batches) * (rank + 1) // ranks]
     with open(path, "a+b") as file:
-        lock(file)
+        latents.lock(file)
         file.seek(0)
         lines = [len(line) for line in file if line.endswith(b"\n")]
         ends = [0, *accumulate(map(len, batches))]  # lines after each batch
@@ -442,11 +442,9 @@ def options_for(description: str, steps: dict) -> argparse.ArgumentParser:
 
 
 def run(c: Options, steps: dict) -> None:
-    try:
-        c.device = str(pick_device(c.device))
+    with latents.one_line_errors("the same command goes on"):
+        c.device = str(latents.pick_device(c.device))
         print(process(c, steps))
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as e:
-        sys.exit(f"error: {e}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 PREDICTIONS = ("eps", "v", "x0")  # what a network may be trained to predict
 EpsModel = Callable[[Tensor, int], Tensor]  # (x_t [B, C, H, W], t) -> eps [B, C, H, W]
-Generators = Sequence[torch.Generator] | None  # one a sample
+Generators = Sequence[torch.Generator] | None  # one per sample
 
 
 def cosine_alphas_cumprod(
@@ -107,7 +107,8 @@ def predicts_eps(model: EpsModel, prediction: str, alphas_cumprod: Tensor) -> Ep
 
 
 def guided(eps_model: EpsModel, scale: float) -> EpsModel:
-    """Classifier-free guidance: ε = ε_∅ + scale·(ε_y − ε_∅), over all channels. Scale 1 is none.
+    """Classifier-free guidance: ε = ε_∅ + scale·(ε_y − ε_∅), over all channels. Scale 1 is none,
+    at the same cost.
 
     `eps_model` gets a batch of 2B in one call, [x_t, x_t]: the first half is to be denoised with
     the empty (or negative) text, the second half with the prompt. An earlier version of the paper
@@ -237,7 +238,7 @@ def pndm(
             e3 = eps_model(transfer(x_t, e2, t, middle), middle)
             e4 = eps_model(transfer(x_t, e3, t, t_next), t_next)
             e = (e + 2 * e2 + 2 * e3 + e4) / 6
-        elif len(history) == 1:  # the improved Euler method, so 969, 947, 947, 925, … is no mistake
+        elif len(history) == 1:  # improved Euler, a second call at t_next: 969, 947, 947, 925, …
             e = (e + eps_model(transfer(x_t, e, t, t_next), t_next)) / 2
         elif len(history) == 2:
             e = (3 * e - history[-2]) / 2

@@ -373,14 +373,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--encodec-weights", help="EnCodec's weights")
     add("--out", type=Path, help="folder for metrics.json [the generated one]")
     add("--device", help="cpu or cuda [cuda where there is one]")
-    try:
-        run(parser.parse_args(arguments))
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except RuntimeError as e:
-        if not latents.lost_rank(e):
-            raise
-        sys.exit("error: another rank is gone")
+    args = parser.parse_args(arguments)
+    with latents.one_line_errors("nothing was written"):
+        run(args)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
-import tokenize
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -48,6 +48,7 @@ import numpy as np
 import safetensors.torch
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio.functional as AF
 from torch import Tensor
@@ -210,7 +211,7 @@ class MelCodec:
 
     In the spirit of the papers' spectrogram row (P2, table 2), on EnCodec's frames. A value is
     20·log10(m + 10^(floor_db/20)), where m is the magnitude in a mel band (HTK scale) and a
-    full-scale sine has 0 dB. Stored as uint8, linear in dB over floor_db … top_db (0.34 dB a step).
+    full-scale sine has 0 dB. Stored as uint8, 0.34 dB apart, floor_db … top_db.
 
     Latents are these dB sharpened across the bands, C orthonormal cosines, cos(π·k·(band + ½)/128):
 
@@ -366,9 +367,28 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 natural, positive = number(int, 0), number(int, 1)
 
 
-def lost_rank(e: RuntimeError) -> bool:
-    """Is it that another rank has died or hangs?"""
-    return bool(re.search("Timed out|Connection closed|reset by peer", str(e)))
+@contextmanager
+def one_line_errors(
+    interrupted: str = "the same command goes on", smaller: str = "a smaller --batch-size"
+) -> Iterator[None]:
+    """Bad input, a full disk or memory, the loss of another rank or Ctrl-C within end the process
+    with one line and status 1: what an interruption means, what to try where memory is short."""
+    rank = f"error on rank {os.environ['RANK']}" if "RANK" in os.environ else "error"
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted: {interrupted}")
+    except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as e:
+        sys.exit(f"{rank}: {e}")
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            sys.exit(f"{rank}: out of memory: try {smaller}")
+        if not re.search("Timed out|Connection closed|reset by peer|DataLoader worker", str(e)):
+            raise
+        sys.exit(f"{rank}: no word from another process ({str(e).splitlines()[0]})")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -652,8 +672,8 @@ def template(labels: list[str]) -> str:
 def rows_to_encode(table, audio_folder, class_labels=None, several_clips=False) -> list[dict]:
     """A table's records, each with its file and a caption, for `encode_dataset` with `load_row`.
 
-    `several_clips`: a record for each 10.08 s of a long file, less than a last second, and not for
-    the first only. ValueError for a record with neither caption nor labels.
+    `several_clips`: a record for each 10.08 s of a long file instead of one for its beginning; a
+    rest of less than a second gives none. ValueError for a record with neither caption nor labels.
     """
     if not Path(audio_folder).is_dir():
         raise FileNotFoundError(f"{audio_folder}: no such folder")
@@ -691,11 +711,11 @@ load_whole = functools.lru_cache(1)(load_audio)  # its clips follow one another
 #   skipped.csv                file, reason of what could not be read: rows and lines left empty
 #   codec.json                 the codec's settings, and what tells whether a run may go on
 #   latent_stats.safetensors   LatentStats over all clips; written last
-#   done                       a byte for each row: 1 for a clip, 3 for a silent one, 2 for none
+#   done                       a byte per row: 0 not yet, 1 a clip, 2 skipped, 3 a silent clip
 #
 # A batch is a function of its rows: the result depends on neither ranks nor interruptions.
 
-COMPLETING = 2**40  # the place of "done" that the rank locks which writes the last files
+COMPLETING = 2**40  # an offset in "done" that no row has: who locks it writes the last files
 
 
 def encode_dataset(
@@ -743,13 +763,14 @@ def encode_dataset(
         open(folder / "skipped.csv", "a", encoding="utf-8") as skipped,
     ):
         lock(done, rank)
-        # Each rank gives the files the same header and size. They take no room on the disk yet.
+        # Each rank gives the files the same header and size; what isn't written takes no room yet.
         np.lib.format.write_array_header_1_0(codes, header)
         start = codes.tell()
         codes.truncate(start + len(rows) * clip.nbytes)
         done.truncate(len(rows))
         firsts, marks = range(0, len(rows), batch_size)[rank::world_size], done.read()
         todo = [first for first in firsts if 0 in marks[first : first + batch_size]]
+        # The loader is a pool of workers: its "data set" are the batches' first rows.
         collate = functools.partial(load_batch, rows, load, batch_size)
         loader = DataLoader(todo, batch_size=None, collate_fn=collate, num_workers=workers)
         for first, waves, batch, reasons in tqdm(loader, unit="batch", disable=rank > 0):
@@ -800,7 +821,7 @@ def complete(folder: Path, codec, lines: list[bytes], marks: np.ndarray) -> None
     write_aside(folder / "skipped.csv", f"file,reason\n{report}".encode())
     if len(kept) == 0:
         raise ValueError(
-            f"{folder}: all rows were skipped: see its skipped.csv, and delete it to try again"
+            f"{folder}: all rows were skipped, see skipped.csv; to try again, delete the folder"
         )
     there = set(kept.tolist())
     texts = (line if i in there else b"\n" for i, line in enumerate(lines))
@@ -832,7 +853,7 @@ class LatentDataset:
         try:
             self.codes = np.load(self.folder / "codes.npy", "r")
             self.text = np.memmap(self.folder / "clips.jsonl", np.uint8, "r")
-        except (ValueError, EOFError, OverflowError, SyntaxError, tokenize.TokenError) as e:
+        except Exception as e:  # of many types: NumPy parses the header as Python
             raise ValueError(f"{folder}: damaged ({e!r:.120})") from e
         pieces = range(0, len(self.text), 2**26)  # of 64 MB
         ends = [i + 1 + np.flatnonzero(self.text[i : i + 2**26] == ord("\n")) for i in pieces]
@@ -842,9 +863,6 @@ class LatentDataset:
                 f"{folder}: damaged, {len(self.codes)} rows, {len(self.lines) - 1} lines"
             )
         self.rows = np.flatnonzero(np.diff(self.lines) > 1)  # where clip i is; skipped are empty
-
-    def __reduce__(self):  # on its way to a worker process: opened again there
-        return LatentDataset, (self.folder,)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -888,10 +906,13 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
     add("--several-clips", action="store_true", help="all of a long file, not its first 10.08 s")
     add("--batch-size", type=positive, default=16, help="clips encoded at a time (default: 16)")
     add("--workers", type=natural, default=2, help="processes that load audio (default: 2)")
-    add("--device", help="default: cuda (under torchrun, one GPU a rank) if there is one, else cpu")
+    add(
+        "--device",
+        help="cpu or cuda, one GPU per rank [cuda where there is one]",
+    )
     add("--encodec-weights", type=Path, help="encodec_24khz-d7cc33bc.th, or its folder")
     args = parser.parse_args()
-    try:
+    with one_line_errors("the same command goes on after the last finished batch"):
         device, table = pick_device(args.device), (args.table, args.audio_folder, args.class_labels)
         rows = rows_to_encode(*table, several_clips=args.several_clips)
         codec = load_codec(args.codec, device, args.encodec_weights)
@@ -902,8 +923,6 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
         if encode_dataset(args.out, codec, rows, load, **options):
             n = len(LatentDataset(args.out))
             print(f"{args.out}: {n} clips; {len(rows) - n} rows skipped, see its skipped.csv")
-    except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: a worker that died
-        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

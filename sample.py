@@ -1,7 +1,7 @@
 """From a prompt to a sound: papers, section 4; P2 appendix E for image-to-image.
 
     x_T ~ N(0, I)                                               from (seed, number of the sample)
-    ε   = ε_θ(x_t, t, ∅) + s·(ε_θ(x_t, t, y) − ε_θ(x_t, t, ∅))  guidance, s = 6.5 (the papers)
+    ε   = ε_θ(x_t, t, ∅) + s·(ε_θ(x_t, t, y) − ε_θ(x_t, t, ∅))  guidance; s: papers 3.5 to 7.5
     x_0 = sampler(ε, x_T)                                       PNDM, 45 steps (the papers)
     wave = decode(x_0·std + mean)                               10.08 s at 16 kHz
 
@@ -50,7 +50,7 @@ from unet import UNet
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
 SAMPLERS = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.ddpm}
 SETTINGS = ("seed", "steps", "guidance", "sampler", "negative", "strength", "precision")
-# What model.json says, by the names that train.py has for it (and beside that its codec)
+# What model.json says beside its codec, by train.py's names
 MODEL_SETTINGS = ("text_encoder", "max_length", "mask", "prediction", "schedule", "schedule_shift")
 MODEL_SETTINGS += ("guidance", "denoising_steps", "shifted_rows")
 
@@ -68,7 +68,7 @@ class Model:
     guidance: float  # the scale and
     steps: int  # the number of steps to take when nobody says
     device: torch.device
-    graphs: dict = field(default_factory=dict, init=False)  # of the U-Net as it was, by shape
+    graphs: dict = field(default_factory=dict, init=False)  # of the U-Net's call, by shapes
 
     def latent(self, wave: Tensor) -> Tensor:
         """A recording [samples], 16 kHz, cut or padded to 10.08 s -> its x_0 [1, C, 24, 21]."""
@@ -82,9 +82,10 @@ class Model:
 
 
 class ShiftedRows(nn.Module):
-    """A U-Net whose picture begins at another frame at each t, as its rows do: what row r ends with
-    isn't next to what row r + 1 begins with, so there a network leaves seams. Here these move, and
-    the calls of a sampler average them out. The frames before the first come last."""
+    """A U-Net whose picture's rows begin at other frames at each t. A row's last frame and the next
+    row's first are neighbours in time, but not in the picture: there a network leaves seams. As the
+    rows move, so do the seams, and a sampler's calls average them out. The frames before the first
+    row go behind the last."""
 
     def __init__(self, unet: nn.Module, codec: latents.EncodecCodec | latents.MelCodec):
         super().__init__()
@@ -190,8 +191,8 @@ def generate(
     steps, guidance: None for the model's own; guidance 0 ignores the prompts, 1 is no guidance.
     seed, indices: sample i's noise comes from (seed, indices[i]); indices default to 0 … N−1.
     sampler: one of SAMPLERS. negative: prompt to lead away from. init_audio: samples at 16 kHz to
-    start from; strength: the share of the steps to take then, above 0 … 1. precision: of the
-    U-Net, "bf16", "fp32" or "auto", see latents.pick_precision. On CUDA, its call is a graph.
+    start from; strength: the share of the steps to take then, 0 … 1, but one at least. precision:
+    of the U-Net, "bf16", "fp32" or "auto", see latents.pick_precision.
     """
     alphas_cumprod, device = model.alphas_cumprod, model.device
     steps = model.steps if steps is None else steps
@@ -206,8 +207,8 @@ def generate(
     if init_audio is not None and strength < 1:
         timesteps = timesteps[-max(1, round(strength * steps)) :]
         start = model.latent(init_audio)
-    # In bf16 once. Autocast alone would cast those of Conv3x3 at every step: it keeps no views. On
-    # CUDA it would also take norms to float32 and back: there, all is in bf16 without it.
+    # In bf16 once. Autocast remembers its casts of parameters, but not those of views of them, such
+    # as Conv3x3's. On CUDA it would take norms to float32 and back: there, all is in bf16 without.
     cuda, weights = device.type == "cuda", dict(model.unet.named_parameters())
     if not bf16 and any(W.dtype == torch.bfloat16 for W in weights.values()):
         raise ValueError('for precision fp32, load the model with precision="fp32"')
@@ -222,7 +223,7 @@ def generate(
     calls = len(batches) * (len(timesteps) + (sampler == "pndm"))
     bar, sounds = tqdm(total=calls, unit="step", leave=False, disable=not progress or None), []
     for batch in batches:
-        # One call of the network a step, for 2B: first half without, second half with the prompts.
+        # One call of the network per step, for 2B: the first half without, the second with prompts.
         text, mask = model.encoder([negative] * len(prompts[batch]) + list(prompts[batch]))
         text = text.float()  # on CUDA the encoder gives bf16
 
@@ -268,7 +269,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("-n", type=positive, default=1, help="sounds for each prompt [1]")
     add("--seed", type=natural, default=0, help="same seed, same noise [0]")
     add("--steps", type=number(int, 1, 1000), help="denoising; below 10: too few [the model's]")
-    add("--guidance", type=number(float, 0), help="the scale s; 1 is none [the model's]")
+    add("--guidance", type=number(float, 0), help="the scale s; 1: no effect [the model's]")
     add("--sampler", choices=SAMPLERS, default="pndm", help="[pndm]")
     add("--negative", default="", help="prompt to lead away from")
     add("--init-audio", type=Path, help="recording to start from (image-to-image)")
@@ -345,13 +346,10 @@ def run(
 
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser(__doc__).parse_args(arguments)
-    try:
+    smaller = f"--batch-size {max(1, args.batch_size // 2)}"
+    with latents.one_line_errors("the sounds so far are whole", smaller):
         for _, path, _ in run(args):
             tqdm.write(f"{path}\n", end="")  # in one piece: several ranks write at once
-    except torch.OutOfMemoryError:
-        sys.exit(f"error: out of memory: try --batch-size {max(1, args.batch_size // 2)}")
-    except (ValueError, OSError, KeyboardInterrupt) as e:
-        sys.exit(f"error: {e}" if str(e) else "\ninterrupted: the sounds so far are whole")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ x_0-prediction with v's loss, a shifted noise schedule and AdamW's shorter memor
 
     RUN/model/          the result so far: what sample.py --model takes
     RUN/checkpoints/    the last two; start the same command again to go on
-    RUN/log.jsonl       a line a step
+    RUN/log.jsonl       a line per step
 """
 
 import argparse
@@ -92,8 +92,8 @@ class Config:
     schedule_shift: float = option(0.3, "its signal-to-noise ratio times shift²; papers: 1", 1e-3)
     # The optimisation
     steps: int = option(20_000, "length of the run, which the learning rate follows", 1)
-    batch_size: int = option(8, "clips a rank and forward pass", 1)
-    accumulate: int = option(1, "forward passes a step", 1)
+    batch_size: int = option(8, "clips per rank and forward pass", 1)
+    accumulate: int = option(1, "forward passes per step", 1)
     lr: float = option(7e-4, "peak learning rate of AdamW", 0)
     beta2: float = option(0.95, "AdamW's memory of squared gradients; papers: 0.999", 0, 0.99999)
     warmup_steps: int = option(300, "linear from 0, then cosine decay to 0", 0)
@@ -118,7 +118,8 @@ class Config:
     resume: bool = option(True, "go on from the newest checkpoint; no: set the old run aside")
 
 
-# P2 tables 2 and A10; the batch of 192 a GPU is inferred from the time a step takes.
+# P2 tables 2 and A10; guidance 6.5 is their code's, and the batch of 192 per GPU is inferred from
+# the time that a step takes.
 PAPER = {"out": "runs/paper", "text_encoder": "t5-large", "max_length": 50, "mask": "none"}
 PAPER |= {"block_out_channels": (320, 640, 1280, 1280), "attention": (1, 1, 1, 0)}
 PAPER |= {"layers_per_block": 2, "num_heads": 8, "cross_attention_dim": 768, "prediction": "eps"}
@@ -128,7 +129,7 @@ PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5, "denoising_
 PAPER |= {"shifted_rows": False}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
 FETCH_EVERY = {"cuda": 10}  # steps: to look at a step's loss is to wait for it; elsewhere 1
-PATIENT, HUNG = timedelta(hours=1), timedelta(minutes=2)  # ranks wait for others; in a step
+PATIENT, HUNG = timedelta(hours=1), timedelta(minutes=2)  # that ranks wait: at all; in a step
 STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells data sets apart
 # What may differ when a run goes on; everything else is part of what is being computed. (So are the
 # global batch and the data, compared as such.)
@@ -236,13 +237,17 @@ class Denoiser:
         """The clips of a step, by number: [global_batch]."""
         return clips_of_step(step, global_batch, self.clips, self.c.seed)
 
+    def captions_of(self, record: dict) -> list:
+        """Those of a clip, one of which is drawn for a step."""
+        return record["captions"]
+
     def batch(self, step: int, places: range, clips, data=None) -> tuple:
         """The clips at these places of a step's global batch: captions, stored integers, t, noise.
         Runs in a thread, a step ahead; touches no state."""
         data, drawn, cuda = data or self.data, [], self.device.type == "cuda"
         generator = torch.Generator(self.device) if cuda else None
         for place, clip in zip(places, clips, strict=True):
-            captions = data.record(int(clip))["captions"]
+            captions = self.captions_of(data.record(int(clip)))
             drawn.append(draw(step, place, captions, self.shape, self.c, generator))
         captions, t, noise = zip(*drawn, strict=True)
         stored, t = data.stored(clips), torch.tensor(t)
@@ -251,7 +256,7 @@ class Denoiser:
         return list(captions), stored, t, torch.stack(noise)
 
     def loss(self, network: nn.Module, captions, stored, t, noise) -> Tensor:
-        """Squared error of what the network predicts (x_0's weighted), a sample: float32 [B]."""
+        """Squared error of the prediction (of x_0: weighted), per sample: float32 [B]."""
         c, t, noise = self.c, t.to(self.device), noise.to(self.device)
         z = self.codec.dequantize(stored.to(self.device))  # [B, 128, 504]
         x_0 = self.codec.to_grid(self.stats.normalize(z))  # [B, 128, 24, 21]
@@ -277,14 +282,15 @@ class Denoiser:
 
     @torch.no_grad()
     def validate(self, network: nn.Module, rank: int, ranks: int) -> dict:
-        """Loss on held-out clips, always with the same draws, in four bins of t. (The mean hides
-        what matters: at high t, an error in ε grows by √((1−ᾱ)/ᾱ) on its way to x_0.)"""
+        """Loss on held-out clips, always with the same draws, dropped captions among them, in four
+        bins of t. (The mean hides what matters: at high t, an error in ε grows by √((1−ᾱ)/ᾱ) on
+        its way to x_0.)"""
         n, size = len(self.val_indices), self.c.batch_size
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for start in range(rank * size, n, ranks * size):
             places = range(start, min(start + size, n))
             clips = [self.val_indices[place] for place in places]
-            # As a step that training never comes to
+            # Drawn as for step 10⁹, which no training has
             captions, stored, t, noise = self.batch(10**9, places, clips, self.val)
             for q in range(4):
                 losses = self.loss(network, captions, stored, 250 * q + t // 4, noise)
@@ -360,18 +366,15 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
     return {"step": task.step, "loss": total, "lr": lr, "gradient_norm": norm}
 
 
-def fetch_losses(task: Denoiser, entries: list[dict], global_batch: int) -> None:
-    """Make numbers of what steps returned. ValueError for the first step where one isn't finite."""
+def fetch_losses(entries: list[dict]) -> None:
+    """What steps returned, as numbers. ValueError for the first step where one isn't finite."""
     keys = ("loss", "gradient_norm")
     numbers = torch.stack([entry[key] for entry in entries for key in keys]).tolist()
     for entry, loss, norm in zip(entries, numbers[::2], numbers[1::2], strict=True):
         entry |= {"loss": loss, "gradient_norm": norm}
         if not math.isfinite(loss + norm):
-            step = entry["step"]
-            clips = task.choose(step - 1, global_batch)
-            ids = ", ".join(str(task.data.record(int(i))["id"]) for i in clips)
-            raise ValueError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped, "
-                             f"none of it is kept. The clips of this step: {ids}")  # fmt: skip
+            what = f"step {entry['step']}: loss {loss:g}, gradient norm {norm:g}"
+            raise ValueError(f"{what}; stopped, none of it is kept")
 
 
 def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
@@ -423,9 +426,9 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
             torn.unlink()
         (out / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
         lines = file.readlines()
-        file.truncate(sum(map(len, lines[: task.step])))  # a line a step; the last may be torn
+        file.truncate(sum(map(len, lines[: task.step])))  # one per step; the last may be torn
         size = sum(p.numel() for p in network.parameters())
-        print(f"{out}: {size:,} parameters, {task.clips:,} clips, {global_batch} a step; "
+        print(f"{out}: {size:,} parameters, {task.clips:,} clips, {global_batch} per step; "
               f"{task.step} of {c.steps} steps are done")  # fmt: skip
 
     def fetch(step: int) -> list[tuple]:
@@ -463,7 +466,7 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
             saves = last or task.step % c.checkpoint_every == 0
             if not (validates or saves or len(entries) == FETCH_EVERY.get(device.type, 1)):
                 continue
-            fetch_losses(task, entries, global_batch)
+            fetch_losses(entries)
             rate = global_batch * len(entries) / (time.perf_counter() - started)
             entries = [entry | {"samples_per_second": rate} for entry in entries]
             entry = entries[-1]
@@ -589,25 +592,12 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with latents.one_line_errors("start the same command again"):
         c = parse_args(arguments)
+    smaller = f"--batch-size {max(1, c.batch_size // 2)} --accumulate {2 * c.accumulate}, or "
+    smaller += "--gradient-checkpointing"
+    with latents.one_line_errors("the same command goes on from the newest checkpoint", smaller):
         train(c)
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command goes on from the newest checkpoint")
-    except (ValueError, OSError, subprocess.CalledProcessError) as e:
-        sys.exit(f"error on rank {os.environ.get('RANK', 0)}: {e}")  # others may be well
-    except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-            half, rest = divmod(c.batch_size, 2)  # the same run, if that can be
-            smaller = "" if rest else f"--batch-size {half} --accumulate {2 * c.accumulate}, or "
-            sys.exit(f"error: out of memory: try {smaller}--gradient-checkpointing")
-        if not latents.lost_rank(e):
-            raise
-        rank = os.environ.get("RANK", 0)
-        sys.exit(f"error on rank {rank}: no word from another ({str(e).splitlines()[0]})")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

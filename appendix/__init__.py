@@ -2,15 +2,9 @@
 
 import argparse
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from latents import write_aside
@@ -23,22 +17,6 @@ def make_parser(description: str, **options) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, formatter_class=style, allow_abbrev=False, **options
     )
-
-
-@contextmanager
-def one_line_errors(after_interrupt: str = "the same command goes on") -> Iterator[None]:
-    """A bad input or Ctrl-C within ends the process with one line and status 1."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted: {after_interrupt}")
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"error: {str(e).splitlines()[0]} Take a smaller --batch-size")
-    except (ValueError, OSError, subprocess.CalledProcessError) as e:
-        sys.exit(f"error: {e}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -48,12 +48,13 @@ import evaluate
 import latents
 import sample
 import train
-from appendix import make_parser, markdown, one_line_errors, write_json
+from appendix import make_parser, markdown, write_json
 from latents import (
     LatentDataset,
     LatentStats,
     MelCodec,
     natural,
+    one_line_errors,
     positive,
     read_json,
     to_grid,

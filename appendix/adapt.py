@@ -47,10 +47,10 @@ from torch import Tensor, nn
 import latents
 import sample
 import train
-from appendix import make_parser, one_line_errors, read_tensors
+from appendix import make_parser, read_tensors
 from captions import TextEncoder
 from evaluate import sounds_of
-from latents import natural, number, positive
+from latents import natural, number, one_line_errors, positive
 from unet import WEIGHTS, UNet
 
 WORDS, LORA = "words.safetensors", "pytorch_lora_weights.safetensors"

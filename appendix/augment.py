@@ -52,11 +52,11 @@ from tqdm import tqdm
 import latents
 import sample
 import train
-from appendix import adapt, classify, make_parser, markdown, one_line_errors, write_json
+from appendix import adapt, classify, make_parser, markdown, write_json
 from appendix.ablations import train_once
 from appendix.classify import LogMelCodec, balanced, labels_of, open_features
 from evaluate import file_sha256
-from latents import LatentDataset, natural, number, positive, template
+from latents import LatentDataset, natural, number, one_line_errors, positive, template
 from train import TINY
 from unet import WEIGHTS
 

@@ -42,9 +42,18 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 
-from appendix import make_parser, markdown, one_line_errors, write_json
+from appendix import make_parser, markdown, write_json
 from appendix.report import mp3_url, page, table
-from latents import find_audio, load_audio, natural, positive, read_json, read_table, write_aside
+from latents import (
+    find_audio,
+    load_audio,
+    natural,
+    one_line_errors,
+    positive,
+    read_json,
+    read_table,
+    write_aside,
+)
 
 Words = list[str]
 

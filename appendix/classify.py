@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 import latents
 import train
-from appendix import make_parser, one_line_errors, read_tensors
+from appendix import make_parser, read_tensors
 from evaluate import Cnn14, ConvBlock, log_mel, mel_matrix
-from latents import LatentDataset, natural, number, write_aside
+from latents import LatentDataset, natural, number, one_line_errors, write_aside
 from train import TINY
 
 FRAMES = 1009  # of a clip, one every 10 ms

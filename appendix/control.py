@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import latents
 import sample
 import train
-from appendix import make_parser, one_line_errors
+from appendix import make_parser
 from unet import UNet, UNetConfig
 
 # Half of the captions are dropped, so that it learns to go by the signal (their section 3.3).
@@ -170,7 +170,7 @@ def add_control(model: sample.Model, folder: str | Path, wave: Tensor) -> sample
 
 
 def main(arguments: list[str] | None = None) -> None:
-    with one_line_errors("the same command goes on from the last checkpoint"):
+    with latents.one_line_errors("the same command goes on from the last checkpoint"):
         print(train.train(parse_args(arguments), Control))
 
 

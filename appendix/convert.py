@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from appendix import make_parser, one_line_errors
-from latents import EncodecCodec, write_aside
+from appendix import make_parser
+from latents import EncodecCodec, one_line_errors, write_aside
 from unet import UNet, UNetConfig
 
 STABLE_DIFFUSION = UNetConfig(in_channels=4, out_channels=4, text_dim=None)

@@ -34,9 +34,8 @@ from tqdm import tqdm
 import diffusion
 import latents
 import sample
-from appendix import one_line_errors
 from appendix.control import Controlled, add_control
-from latents import CLIP_SAMPLES, FRAMES, GRID, SAMPLE_RATE, number
+from latents import CLIP_SAMPLES, FRAMES, GRID, SAMPLE_RATE, number, one_line_errors
 from train import numbers
 
 CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08

@@ -41,9 +41,9 @@ from tqdm import tqdm
 
 import latents
 import train
-from appendix import classify, make_parser, markdown, one_line_errors, write_json
+from appendix import classify, make_parser, markdown, write_json
 from appendix.classify import LogMelCodec, TALTrans, labels_of, load_tagger, targets_of
-from latents import LatentDataset, natural, number, positive
+from latents import LatentDataset, natural, number, one_line_errors, positive
 
 BLOCKS = 21  # states of an audio clip: one for 0.48 s
 # At a rate of 3e-3 attention was still on its way after these steps.

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import evaluate
-from appendix import make_parser, one_line_errors, write_json
+from appendix import make_parser, write_json
 from evaluate import frechet_distance, inception_score, kl_divergence
-from latents import SAMPLE_RATE, pick_device, read_table, resample
+from latents import SAMPLE_RATE, one_line_errors, pick_device, read_table, resample
 
 
 def extrapolated_frechet_distance(x: Tensor, y: Tensor, draws: int = 4, seed: int = 0) -> float:

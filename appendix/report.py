@@ -21,12 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
-from appendix import make_parser, one_line_errors
+from appendix import make_parser
 from appendix.more_metrics import caption_of
 from latents import (
     CLIP_SAMPLES,
     SAMPLE_RATE,
     load_audio,
+    one_line_errors,
     positive,
     read_json,
     read_table,

@@ -24,7 +24,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +34,7 @@ import evaluate
 import latents
 import sample
 from appendix import adapt, control
-from latents import natural, number, positive
+from latents import natural, number, one_line_errors, positive
 from tiny import judge
 from tiny.compose import HERE, Recordings, draw_scenes
 
@@ -245,12 +244,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.clips < 3 or (args.train_steps or 1) < 1:
         parser.error("--clips is 3 or more, --train-steps 1 or more")
-    try:
+    with one_line_errors():
         run(args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command goes on")
 
 
 if __name__ == "__main__":

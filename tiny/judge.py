@@ -26,7 +26,6 @@ import copy
 import csv
 import json
 import math
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +45,7 @@ from latents import (
     load_audio,
     natural,
     number,
+    one_line_errors,
     positive,
     read_json,
     save_audio,
@@ -314,10 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch-size", type=positive, default=32, help="sounds at a time [32]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     args = parser.parse_args(arguments)
-    try:
+    with one_line_errors():
         result = judge(args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
     show(result)
     write_aside(
         args.out / "judge.json", (json.dumps(result, indent=1, default=str) + "\n").encode()
