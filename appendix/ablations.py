@@ -12,6 +12,7 @@
 
     python -m appendix.ablations mask --steps 3000        all arms take as many
     python -m appendix.ablations captions --captions zero/filter.jsonl few/filter.jsonl
+    python -m appendix.ablations all --seeds 0 1          one after the other, what is missing
     python -m appendix.ablations table                    what is on disk so far, as Markdown
 
 The arms of an ablation differ in one thing, but for the picture, whose network has other widths,
@@ -361,7 +362,9 @@ def trained(c: Config, kind: type[Denoiser]) -> sample.Model:
     """The model of a finished run, whatever its network and its codec."""
     task = kind(c, latents.pick_device(c.device))
     task.network.load_state_dict(load_weights(Path(c.out) / "model" / "unet"))
-    parts = task.network.eval(), task.encoder, task.codec, task.stats, task.alphas_cumprod
+    unet, codec = task.network.eval(), task.codec
+    unet = sample.ShiftedRows(unet, codec).to(task.device) if c.shifted_rows else unet
+    parts = unet, task.encoder, codec, task.stats, task.alphas_cumprod
     return sample.Model(*parts, c.prediction, c.guidance, c.denoising_steps, task.device)
 
 
@@ -416,7 +419,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Our own options, and as `loop` those of train.py."""
     parser = make_parser(__doc__, epilog=f"and train.py's options: [{LOOP}]")
     add = parser.add_argument
-    add("name", choices=(*ABLATIONS, "table"), help="which one; table: show what is on disk")
+    add("name", choices=(*ABLATIONS, "all", "table"), help="which; table: show what is on disk")
     add("--seeds", type=natural, nargs="+", default=[0], help="of what is trained [0]")
     add("--model", type=Path, default=HERE / "model", help="to start from [tiny/model]")
     add("--captions", nargs="+", default=[], metavar="FILE", help="of captions.py's filter")
@@ -448,7 +451,8 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     with one_line_errors("the same command goes on from the last checkpoint"):
         args = parse_args(arguments)
-        if args.name != "table":
+        names = {"all": ABLATIONS, "table": ()}.get(args.name, (args.name,))
+        for args.name in names:
             run(args)
         print(table(args.out))
 
