@@ -112,7 +112,7 @@ class Config:
     checkpoint_every: int = option(500, "steps", 1)
     validate_every: int = option(500, "steps", 1)
     val_clips: int = option(128, "clips of the validation loss", 1)
-    guidance: float = option(2.0, "what sample.py takes unless told otherwise", 0)
+    guidance: float = option(3.0, "what sample.py takes unless told otherwise", 0)
     denoising_steps: int = option(20, "the same", 1, 1000)
     shifted_rows: bool = option(True, "sample.py moves the rows at each step, against seams")
     resume: bool = option(True, "go on from the newest checkpoint; no: set the old run aside")
