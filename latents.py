@@ -383,7 +383,7 @@ def one_line_errors(
     except RuntimeError as e:
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
             sys.exit(f"{rank}: out of memory: try {smaller}")
-        if not re.search("Timed out|Connection closed|reset by peer|DataLoader worker", str(e)):
+        if not re.search("time(d )?out|connection|DataLoader worker", str(e), re.IGNORECASE):
             raise
         sys.exit(f"{rank}: no word from another process ({str(e).splitlines()[0]})")
     finally:

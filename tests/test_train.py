@@ -406,9 +406,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(whole, small, tmp_path, mon
         return losses
 
     monkeypatch.setattr(train.Denoiser, "loss", loss)
-    message = fails(command, "step 5", "gradient norm nan")
-    clips = clips_of_step(4, 4, 20, seed=0)
-    assert message.endswith("this step: " + ", ".join(f"tone-{i}" for i in clips))
+    fails(command, "step 5", "gradient norm nan")
     assert checkpoints(tmp_path / "run") == [3]
     monkeypatch.undo()
     train.main(command)  # the checkpoint before is as it should be
