@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--out", type=Path, help="folder for metrics.json [the generated one]")
     add("--device", help="cpu or cuda [cuda where there is one]")
     args = parser.parse_args(arguments)
-    with latents.one_line_errors("nothing was written"):
+    with latents.one_line_errors("start the same command again"):
         run(args)
 
 

@@ -906,10 +906,7 @@ in skipped.csv. A killed run is continued by the same command; torchrun shares t
     add("--several-clips", action="store_true", help="all of a long file, not its first 10.08 s")
     add("--batch-size", type=positive, default=16, help="clips encoded at a time (default: 16)")
     add("--workers", type=natural, default=2, help="processes that load audio (default: 2)")
-    add(
-        "--device",
-        help="cpu or cuda, one GPU per rank [cuda where there is one]",
-    )
+    add("--device", help="cpu or cuda, one GPU per rank [cuda where there is one]")
     add("--encodec-weights", type=Path, help="encodec_24khz-d7cc33bc.th, or its folder")
     args = parser.parse_args()
     with one_line_errors("the same command goes on after the last finished batch"):

@@ -129,7 +129,7 @@ PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5, "denoising_
 PAPER |= {"shifted_rows": False}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
 FETCH_EVERY = {"cuda": 10}  # steps: to look at a step's loss is to wait for it; elsewhere 1
-PATIENT, HUNG = timedelta(hours=1), timedelta(minutes=2)  # that ranks wait: at all; in a step
+PATIENT, HUNG = timedelta(hours=1), timedelta(minutes=2)  # for others: to compose, save; in a step
 STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells data sets apart
 # What may differ when a run goes on; everything else is part of what is being computed. (So are the
 # global batch and the data, compared as such.)
@@ -256,18 +256,25 @@ class Denoiser:
         return list(captions), stored, t, torch.stack(noise)
 
     def loss(self, network: nn.Module, captions, stored, t, noise) -> Tensor:
-        """Squared error of the prediction (of x_0: weighted), per sample: float32 [B]."""
+        """`error` of what the network predicts of x_t: float32 [B]."""
         c, t, noise = self.c, t.to(self.device), noise.to(self.device)
-        z = self.codec.dequantize(stored.to(self.device))  # [B, 128, 504]
-        x_0 = self.codec.to_grid(self.stats.normalize(z))  # [B, 128, 24, 21]
+        x_0 = self.latent(stored)
         x_t = diffusion.add_noise(x_0, noise, t, self.alphas_cumprod)
         target = {"eps": noise, "x0": x_0}.get(c.prediction)
         if c.prediction == "v":
             target = diffusion.velocity(x_0, noise, t, self.alphas_cumprod)
         text, text_mask = self.encoder(captions)
-        predicted = self.predict(network, x_t, t, text, text_mask)
+        return self.error(self.predict(network, x_t, t, text, text_mask), target, t)
+
+    def latent(self, stored: Tensor) -> Tensor:
+        """Stored integers -> x_0 [B, 128, 24, 21], on the device."""
+        z = self.codec.dequantize(stored.to(self.device))  # [B, 128, 504]
+        return self.codec.to_grid(self.stats.normalize(z))
+
+    def error(self, predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Squared error of a prediction (of x_0: weighted), per sample: float32 [B]."""
         losses = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
-        if c.prediction == "x0":
+        if self.c.prediction == "x0":
             # v's error is x_0's over √(1−ᾱ_t): the loss of v, whose weight is 1 + SNR, but no more
             # than 5, or clips with hardly any noise outweigh the rest (Hang et al. 2023).
             losses = losses / (1 - self.alphas_cumprod[t]).clamp(min=0.2).to(losses)
@@ -366,15 +373,18 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
     return {"step": task.step, "loss": total, "lr": lr, "gradient_norm": norm}
 
 
-def fetch_losses(entries: list[dict]) -> None:
+def fetch_losses(task: Denoiser, entries: list[dict], global_batch: int) -> None:
     """What steps returned, as numbers. ValueError for the first step where one isn't finite."""
     keys = ("loss", "gradient_norm")
     numbers = torch.stack([entry[key] for entry in entries for key in keys]).tolist()
     for entry, loss, norm in zip(entries, numbers[::2], numbers[1::2], strict=True):
         entry |= {"loss": loss, "gradient_norm": norm}
         if not math.isfinite(loss + norm):
-            what = f"step {entry['step']}: loss {loss:g}, gradient norm {norm:g}"
-            raise ValueError(f"{what}; stopped, none of it is kept")
+            step = entry["step"]
+            clips = task.choose(step - 1, global_batch)
+            ids = ", ".join(str(task.data.record(int(i))["id"]) for i in clips)
+            raise ValueError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; stopped, "
+                             f"none of it is kept. The clips of this step: {ids}")  # fmt: skip
 
 
 def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
@@ -466,7 +476,7 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
             saves = last or task.step % c.checkpoint_every == 0
             if not (validates or saves or len(entries) == FETCH_EVERY.get(device.type, 1)):
                 continue
-            fetch_losses(entries)
+            fetch_losses(task, entries, global_batch)
             rate = global_batch * len(entries) / (time.perf_counter() - started)
             entries = [entry | {"samples_per_second": rate} for entry in entries]
             entry = entries[-1]

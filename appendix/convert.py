@@ -62,8 +62,8 @@ def names_at_transformers(name: str) -> tuple[str, str]:
     name = name.replace("quantizer.vq.", "quantizer.").replace("._codebook.", ".codebook.")
     name = re.sub(r"(en|de)coder\.model\.", r"\1coder.layers.", name)
     name = name.replace("convtr.convtr.", "conv.").replace("conv.conv.", "conv.")
-    newer = re.sub(r"\.weight_(g|v)$", lambda m: f".parametrizations.weight.original{m[1]}", name)
-    return name, newer.replace("originalg", "original0").replace("originalv", "original1")
+    newer = name.replace("weight_g", "parametrizations.weight.original0")
+    return name, newer.replace("weight_v", "parametrizations.weight.original1")
 
 
 class Stub:

@@ -406,7 +406,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(whole, small, tmp_path, mon
         return losses
 
     monkeypatch.setattr(train.Denoiser, "loss", loss)
-    fails(command, "step 5", "gradient norm nan")
+    message = fails(command, "step 5", "gradient norm nan")
+    clips = clips_of_step(4, 4, 20, seed=0)
+    assert message.endswith("this step: " + ", ".join(f"tone-{i}" for i in clips))
     assert checkpoints(tmp_path / "run") == [3]
     monkeypatch.undo()
     train.main(command)  # the checkpoint before is as it should be
@@ -679,11 +681,11 @@ def test_the_papers_values():
         ("--lr nan", ["argument --lr: nan: expected 0 to inf"]),
         ("--attention yes,no", ["--attention"]),
         ("--stpes 3", ["unrecognized arguments"]),
-        ("--val-clips 100", ["all clips are held out", "--val-clips"]),
-        ("--data nowhere", ["nowhere"]),
-        ("--init nowhere", ["nowhere", "no U-Net there"]),
-        ("--init nobody/no-such-model", ["nobody/no-such-model", "hub"]),
-        ("--out {file}/run", ["file/run"]),
+        ("--val-clips 100", ["error: ", "all clips are held out", "--val-clips"]),
+        ("--data nowhere", ["error: ", "nowhere"]),
+        ("--init nowhere", ["error: ", "nowhere", "no U-Net there"]),
+        ("--init nobody/no-such-model", ["error: ", "nobody/no-such-model", "hub"]),
+        ("--out {file}/run", ["error: ", "file/run"]),
     ],
 )
 def test_a_mistake_gets_one_line(options, parts, small, tmp_path, capsys):

@@ -7,8 +7,9 @@ caption y of a scene as the model answers the scene's plain one, y_0 ("dog barki
 
     loss = w(t)·‖f_θ(x_t, t, τ(y)) − f_φ(x_t, t, τ(y_0))‖²       w: train.py's weights of t
 
-with x_t as in training, at high t only, where the text decides what the sound will be. Distillation
-(Hinton et al. 2015) of a conditional model, whose condition alone changes. Not in the papers.
+with x_t as in training, for t in 700 … 999, where the text decides what the sound will be. It is
+distillation (Hinton et al. 2015); only the condition differs. Not in the papers. The repository's
+model is what came of it; that of commit 4d2e716 is the one that it began with.
 
     python -m tiny.words --init tiny/model            runs/words/model; train.py's options, its loop
 """
@@ -16,7 +17,6 @@ with x_t as in training, at high t only, where the text decides what the sound w
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffusion
@@ -46,14 +46,11 @@ class Words(train.Denoiser):
     def loss(self, network: nn.Module, captions, stored, t, noise) -> Tensor:
         pairs = [pair or ("", "") for pair in captions]  # "": a dropped caption
         t, noise = LOW + t.to(self.device) * (1000 - LOW) // 1000, noise.to(self.device)
-        x_0 = self.stats.normalize(self.codec.dequantize(stored.to(self.device)))
-        x_t = diffusion.add_noise(self.codec.to_grid(x_0), noise, t, self.alphas_cumprod)
+        x_t = diffusion.add_noise(self.latent(stored), noise, t, self.alphas_cumprod)
         plain, other = (self.encoder([*texts]) for texts in zip(*pairs, strict=True))
         with torch.no_grad():
             target = self.predict(self.teacher, x_t, t, *plain)
-        predicted = self.predict(network, x_t, t, *other)
-        losses = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
-        return losses / (1 - self.alphas_cumprod[t]).clamp(min=0.2).to(losses)
+        return self.error(self.predict(network, x_t, t, *other), target, t)
 
 
 def parse_args(arguments: list[str] | None = None) -> train.Config:
