@@ -153,16 +153,27 @@ def noise_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
     return [torch.Generator().manual_seed(int(s) % 2**63) for s in states]
 
 
-def capture(network: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    """`network`, for inputs of these shapes, as one CUDA graph; itself, if that fails. A U-Net is a
-    thousand small kernels, and a CPU takes longer to launch each than a GPU to run it."""
-    stream = torch.cuda.current_stream()
+def capture(function: Callable, inputs: Sequence[Tensor]) -> Callable:
+    """`function` of tensors of these shapes, which has run before, as one CUDA graph; itself, if
+    that fails. A U-Net is a thousand small kernels, and a CPU takes longer to launch each than a
+    GPU to run it. A call overwrites what the call before it returned."""
+    held, stream = [x.clone() for x in inputs], torch.cuda.current_stream()
     try:
-        return torch.cuda.make_graphed_callables(network, tuple(x.clone() for x in inputs))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may load data
+            output = function(*held)
     except RuntimeError as e:
         torch.cuda.set_stream(stream)  # a capture that fails leaves its own
         warnings.warn(f"no CUDA graph, so it takes longer: {e!s:.120}", stacklevel=2)
-        return network
+        return function
+
+    def replay(*inputs: Tensor):
+        for place, x in zip(held, inputs, strict=True):
+            place.copy_(x)
+        graph.replay()
+        return output
+
+    return replay
 
 
 GRAPHS = {"cuda": capture}  # by type of device
@@ -235,6 +246,7 @@ def generate(
             inputs = tuple(x for x in inputs if x is not None)
             key = model.unet, bf16, *(x.shape for x in inputs)
             if key not in model.graphs:  # a graph doesn't keep alive the weights that it reads
+                call(*inputs)
                 model.graphs[key] = graph(call, inputs), weights
             return model.graphs[key][0](*inputs).clone()  # or the next call would overwrite it
 

@@ -54,7 +54,7 @@ import diffusion
 import latents
 from captions import MASKS, TextEncoder
 from latents import GRID, LatentDataset, LatentStats, load_codec, write_aside
-from sample import MODEL_SETTINGS, read_settings
+from sample import GRAPHS, MODEL_SETTINGS, read_settings
 from unet import UNet, UNetConfig, load_config
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -128,6 +128,7 @@ PAPER |= {"warmup_steps": 1000, "gradient_checkpointing": True, "checkpoint_ever
 PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5, "denoising_steps": 45}
 PAPER |= {"shifted_rows": False}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
+WARM_STEPS = 4  # before one is captured: AdamW's moments and the libraries' memory come with them
 FETCH_EVERY = {"cuda": 10}  # steps: to look at a step's loss is to wait for it; elsewhere 1
 PATIENT, HUNG = timedelta(hours=1), timedelta(minutes=2)  # for others: to compose, save; in a step
 STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells data sets apart
@@ -185,6 +186,7 @@ class Denoiser:
     a subclass can train something else (appendix/)."""
 
     group = None  # of ranks, for what they exchange in a step
+    update, warm_steps = None, 0  # a step as a CUDA graph, and how many were taken without
 
     def __init__(self, c: Config, device: torch.device):
         self.c, self.device, self.step = c, device, 0
@@ -255,15 +257,21 @@ class Denoiser:
             stored, t = (x.pin_memory().to(self.device, non_blocking=True) for x in (stored, t))
         return list(captions), stored, t, torch.stack(noise)
 
-    def loss(self, network: nn.Module, captions, stored, t, noise) -> Tensor:
+    def loss(self, network: nn.Module, *batch) -> Tensor:
         """`error` of what the network predicts of x_t: float32 [B]."""
-        c, t, noise = self.c, t.to(self.device), noise.to(self.device)
+        return self.loss_of(network, *self.inputs(*batch))
+
+    def inputs(self, captions: list[str], stored: Tensor, t: Tensor, noise: Tensor) -> list[Tensor]:
+        """A batch as tensors on the device; captions as their states and, if there is one, mask."""
+        text = [x for x in self.encoder(captions) if x is not None]
+        return [*(x.to(self.device) for x in (stored, t, noise)), *text]
+
+    def loss_of(self, network: nn.Module, stored, t, noise, text, text_mask=None) -> Tensor:
         x_0 = self.latent(stored)
         x_t = diffusion.add_noise(x_0, noise, t, self.alphas_cumprod)
-        target = {"eps": noise, "x0": x_0}.get(c.prediction)
-        if c.prediction == "v":
+        target = {"eps": noise, "x0": x_0}.get(self.c.prediction)
+        if self.c.prediction == "v":
             target = diffusion.velocity(x_0, noise, t, self.alphas_cumprod)
-        text, text_mask = self.encoder(captions)
         return self.error(self.predict(network, x_t, t, text, text_mask), target, t)
 
     def latent(self, stored: Tensor) -> Tensor:
@@ -344,33 +352,57 @@ def is_model(folder: str | None) -> bool:
 def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batches: list) -> dict:
     """One step of AdamW on a batch for each of --accumulate; `model` is task.network, perhaps
     compiled, perhaps distributed. Returns loss and norm of the gradient, of all ranks, as tensors:
-    nothing here waits for a GPU."""
-    c, step, total = task.c, task.step, 0.0
+    nothing here waits for a GPU, for which the whole is one CUDA graph after the first steps."""
+    c, step = task.c, task.step
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    for i, batch in enumerate(batches):
-        waits = ranks > 1 and i < len(batches) - 1  # sum gradients over ranks once
-        with model.no_sync() if waits else nullcontext():
-            loss = task.loss(model, *batch).mean() / len(batches)
-            loss.backward()
-        total += loss.detach()
+    capture = GRAPHS.get(task.device.type) if type(task).loss is Denoiser.loss else None
+    loss_of, inputs = task.loss, [x for batch in batches for x in batch]
+    if capture:  # what tokenizes stays outside
+        loss_of, inputs = task.loss_of, [x for batch in batches for x in task.inputs(*batch)]
+    size = len(inputs) // len(batches)
+
+    def update(lr: Tensor, weight: Tensor, *inputs) -> tuple[Tensor, Tensor]:
+        total = 0.0
+        for i in range(0, len(inputs), size):
+            waits = ranks > 1 and i + size < len(inputs)  # sum gradients over ranks once
+            with model.no_sync() if waits else nullcontext():
+                loss = loss_of(model, *inputs[i : i + size]).mean() / len(batches)
+                loss.backward()
+            total += loss.detach()
+        if step < c.frozen_steps:
+            for name, p in task.network.named_parameters():
+                if not name.startswith(("conv_in.", "conv_out.", "encoder_hid_proj.")):
+                    p.grad = None  # AdamW passes over these; DDP needn't know
+        norm = torch.nn.utils.clip_grad_norm_(task.network.parameters(), c.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        averaged = list(ema.parameters())
+        with torch.no_grad():  # ema ← decay·ema + (1 − decay)·weights
+            weights = list(task.network.parameters())
+            torch._foreach_lerp_(averaged, weights, [weight] * len(averaged))
+        return total, norm
+
+    lr = learning_rate(step, c)
+    inputs = [torch.full((), x, device=task.device) for x in (lr, 1 - ema_decay(step, c))] + inputs
+    if capture and ranks == 1 and step >= c.frozen_steps:
+        task.warm_steps += 1
+        if task.warm_steps == WARM_STEPS:
+            task.update = capture(update, inputs)
+        update = task.update or update
+    total, norm = update(*inputs)
     if ranks > 1:
         dist.all_reduce(total, group=task.group)
         total = total / ranks
-    if step < c.frozen_steps:
-        for name, p in task.network.named_parameters():
-            if not name.startswith(("conv_in.", "conv_out.", "encoder_hid_proj.")):
-                p.grad = None  # AdamW passes over these; DDP needn't know
-    norm = torch.nn.utils.clip_grad_norm_(task.network.parameters(), c.clip)
-    lr = learning_rate(step, c)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():  # ema ← decay·ema + (1 − decay)·weights
-        weights = list(ema.parameters()), list(task.network.parameters())
-        torch._foreach_lerp_(*weights, 1 - ema_decay(step, c))
     task.step += 1
     return {"step": task.step, "loss": total, "lr": lr, "gradient_norm": norm}
+
+
+def make_optimizer(network: nn.Module, c: Config) -> torch.optim.AdamW:
+    rest = {"weight_decay": c.weight_decay, "fused": True}
+    rest["capturable"] = next(network.parameters()).is_cuda  # its count of steps is there, too
+    return torch.optim.AdamW(network.parameters(), c.lr, (0.9, c.beta2), **rest)
 
 
 def fetch_losses(task: Denoiser, entries: list[dict], global_batch: int) -> None:
@@ -401,8 +433,7 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
     c = replace(c, precision=latents.pick_precision(c.precision, device))
     task = kind(c, device)
     network, ema = task.network, copy.deepcopy(task.network).requires_grad_(False)
-    betas, decay = (0.9, c.beta2), c.weight_decay
-    optimizer = torch.optim.AdamW(network.parameters(), c.lr, betas, weight_decay=decay, fused=True)
+    optimizer = make_optimizer(network, c)
     parts = {"network": network, "ema": ema, "optimizer": optimizer}
 
     # What is being computed, in full: a resumed run must agree on it, and so must all ranks.

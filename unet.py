@@ -97,13 +97,25 @@ class Conv3x3(nn.Conv2d):
         return F.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
 
 
+class GroupNorm(nn.GroupNorm):
+    """On a GPU in the dtype of what comes: autocast's float32 there, and back for the convolution,
+    would cost more time than the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            weights = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, *weights, self.eps)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, width: int, time_dim: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, in_channels)
+        self.norm1 = GroupNorm(32, in_channels)
         self.conv1 = Conv3x3(in_channels, width)
         self.time_emb_proj = nn.Linear(time_dim, width)
-        self.norm2 = nn.GroupNorm(32, width)
+        self.norm2 = GroupNorm(32, width)
         self.conv2 = Conv3x3(width, width)
         same = in_channels == width
         self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, width, 1)
@@ -176,7 +188,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     def __init__(self, width: int, num_heads: int, text_dim: int):
         super().__init__()
-        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.norm = GroupNorm(32, width, eps=1e-6)
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, num_heads, text_dim)])
         self.proj_out = nn.Conv2d(width, width, 1)
@@ -241,7 +253,7 @@ class UNet(nn.Module):
             self.up_blocks.append(level)
             channels = width
 
-        self.conv_norm_out = nn.GroupNorm(32, widths[0])
+        self.conv_norm_out = GroupNorm(32, widths[0])
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
     def forward(
@@ -280,7 +292,8 @@ class UNet(nn.Module):
 
         def layer(level: Level, i: int, h: Tensor) -> Tensor:
             if checkpointing:
-                return checkpoint(level.layer, i, h, emb, text, text_mask, use_reentrant=False)
+                how = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random
+                return checkpoint(level.layer, i, h, emb, text, text_mask, **how)
             return level.layer(i, h, emb, text, text_mask)
 
         return layer

@@ -5,7 +5,7 @@
                 and without, beside diffusers' pipeline loop; the latents have to agree
     training    train.py's step on batches of its own thread, at full width and the small model's;
                 share of the peak: 6 · multiply-adds of a clip's forward pass, recomputation not
-                counted
+                counted; with a graph and without, a step leaves the same weights
     modules     U-Net, codecs, tagger, text encoder in float32: what they say there and on the CPU
     resume      a run that is killed and goes on ends with the same bytes as one that isn't
 
@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -42,7 +42,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import latents
-import sample
 import train
 from benchmarks.arithmetic import TOKENS, forward_flops
 from benchmarks.sampling import as_diffusers, as_model, ours, peak_flops, seconds_now, theirs
@@ -50,6 +49,7 @@ from benchmarks.training import Ours, prepare
 from captions import TextEncoder
 from evaluate import Cnn14
 from latents import CLIP_SAMPLES, GRID, EncodecCodec, MelCodec
+from sample import GRAPHS
 from unet import UNet, UNetConfig
 
 ROOT = Path(train.__file__).parent
@@ -76,33 +76,42 @@ class Bench:
 
 
 class Operations(TorchDispatchMode):
-    """Those that PyTorch does meanwhile, on which tensors."""
+    """Those that PyTorch does meanwhile, on which tensors; what they write to, as it was."""
 
     def __init__(self):
         super().__init__()
-        self.done = []
+        self.done, self.before = [], {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:  # .item(), .tolist(), if x:
             raise RuntimeError("a number is wanted from the device: that can't be captured")
+        for argument, value in zip(function._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in tree_leaves(value):
+                    self.before.setdefault(id(x), (x, x.detach().clone()))
         self.done.append((function, args, kwargs or {}, function(*args, **(kwargs or {}))))
         return self.done[-1][-1]
 
 
-def plain_graph(network: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable:
-    """What a CUDA graph is to sample.py, on a CPU: the operations of one call of the network, which
+def plain_graph(call: Callable, inputs: Sequence[Tensor]) -> Callable:
+    """What a CUDA graph is to sample.py and train.py, on a CPU: the operations of one call, which
     are done again, on the memory that they had; Python has no more part in it."""
     held = [x.clone() for x in inputs]
     with Operations() as operations:
-        output = network(*held)
+        output = call(*held)
+    with torch.no_grad():  # a capture computes nothing
+        for x, before in operations.before.values():
+            x.copy_(before)
 
-    def replay(*inputs: Tensor) -> Tensor:
+    @torch.no_grad()
+    def replay(*inputs: Tensor):
         for place, x in zip(held, inputs, strict=True):
             place.copy_(x)
         for function, args, kwargs, before in operations.done:
             again = function(*args, **kwargs)
             for place, x in zip(tree_leaves(before), tree_leaves(again), strict=True):
-                place.copy_(x)
+                if isinstance(x, Tensor) and x is not place:
+                    place.copy_(x)
         return output
 
     return replay
@@ -167,8 +176,7 @@ def sampling(bench: Bench) -> None:
                 run = partial(theirs, as_diffusers(unet), states, n, bf16=True)
             else:
                 run = partial(ours, as_model(unet, states), n, precision="bf16")
-            graphs = {} if name == "eager" else sample.GRAPHS
-            with mock.patch.object(sample, "GRAPHS", graphs):
+            with mock.patch.dict(GRAPHS, clear=name == "eager"):
                 found[name] = seconds, memory, latent = timed(run)
             bench.row(f"{size}, bf16, {name}", seconds, "s")
             bench.row(f"{size}, bf16, {name}", memory, "GiB")
@@ -186,7 +194,7 @@ def sampling(bench: Bench) -> None:
 
 
 def training(bench: Bench) -> None:
-    device, (warm, steps) = bench.device, (1, 2) if bench.small else (3, 20)
+    device, (warm, steps) = bench.device, (5, 2) if bench.small else (6, 20)
     checkpointing, compiled = {"gradient_checkpointing": True}, {"compile": True}
     runs = [
         ("paper", 32, {}, {}),
@@ -226,6 +234,15 @@ def training(bench: Bench) -> None:
         ):
             bench.row(name, value, unit, goal.get(unit, ""))
         del run, fetch, upcoming, now, loss
+
+    weights = []
+    for clear in (False, True):
+        run = Ours(replace(bench.configs["tiny"], batch_size=2))
+        with mock.patch.dict(GRAPHS, clear=clear):
+            for step in range(warm + steps):
+                run.step(run.task.batch(step, range(2), run.task.choose(step, 2)))
+        weights.append(torch.cat([p.detach().flatten() for p in run.ema.parameters()]))
+    bench.row("training, graph and eager, weights differ by", apart(*weights), "", "0")
 
 
 def flops_of(network: UNet) -> int:
@@ -341,8 +358,8 @@ def main(arguments: list[str] | None = None) -> None:
     started, failed = time.perf_counter(), []
     device = latents.pick_device(args.device)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
-    graphs = sample.GRAPHS if device.type == "cuda" else {"cpu": plain_graph}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sample, "GRAPHS", graphs):
+    graphs = mock.patch.dict(GRAPHS, cpu=plain_graph)
+    with tempfile.TemporaryDirectory() as folder, graphs:
         bench = Bench(device, args.small, args.compile, Path(folder), {})
         sizes = SIZES if args.small else {}
         for preset in train.PRESETS:

@@ -55,10 +55,7 @@ class Ours:
         network = self.task.network
         self.model = torch.compile(network) if c.compile else network
         self.ema = copy.deepcopy(network).requires_grad_(False)
-        betas, decay = (0.9, c.beta2), c.weight_decay
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(), c.lr, betas, weight_decay=decay, fused=True
-        )
+        self.optimizer = train.make_optimizer(network, c)
 
     def step(self, batch: tuple) -> dict:
         return train.train_step(self.task, self.model, self.ema, self.optimizer, [batch])

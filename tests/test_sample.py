@@ -210,7 +210,7 @@ def test_without_a_graph(model, monkeypatch):
         raise RuntimeError("CUDA error: operation not permitted")
 
     expected, streams = generate(model, ["dog"], **QUICK), []
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fails)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream before")
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setitem(sample.GRAPHS, "cpu", sample.capture)
