@@ -106,16 +106,16 @@ def predicts_eps(model: EpsModel, prediction: str, alphas_cumprod: Tensor) -> Ep
     raise ValueError(f"prediction is {prediction!r}: expected one of {', '.join(PREDICTIONS)}")
 
 
-def guided(eps_model: EpsModel, scale: float) -> EpsModel:
-    """Classifier-free guidance: ε = ε_∅ + scale·(ε_y − ε_∅), over all channels. Scale 1 is none,
-    at the same cost.
-
-    `eps_model` gets a batch of 2B in one call, [x_t, x_t]: the first half is to be denoised with
-    the empty (or negative) text, the second half with the prompt. An earlier version of the paper
-    writes (w+1)·ε_y − w·ε_∅: scale = w + 1.
+def guided(eps_model: EpsModel, scale: float, above: int = 0) -> EpsModel:
+    """Classifier-free guidance: ε = ε_∅ + scale·(ε_y − ε_∅), over all channels. From t = `above`
+    down it is ε_y: there it costs variety and adds loudness (Kynkäänniemi et al. 2024). `eps_model`
+    gets [x_t, x_t], to be denoised without (or with a negative) and with the prompt; or x_t, with
+    the prompt. An earlier version of the paper has (w+1)·ε_y − w·ε_∅: scale = w + 1.
     """
 
     def eps(x_t: Tensor, t: int) -> Tensor:
+        if scale == 1 or t <= above:
+            return eps_model(x_t, t)
         eps_null, eps_text = eps_model(torch.cat([x_t, x_t]), t).chunk(2)
         return eps_null + scale * (eps_text - eps_null)
 

@@ -18,9 +18,9 @@ or from Python: `generate(load_model("tiny/model"), ["dog barking"], seed=0)`, a
 
 The same seed gives the same noise, bit for bit, whatever the batch size, the number of ranks or the
 device, and so the same sound up to rounding. A WAV's comment holds prompt, number and settings:
-`generate` with indices=[number] makes it again by itself. Not in the papers: rows of the picture
-that shift from step to step (ShiftedRows), where a model folder asks for them. For inpainting,
-longer sounds, sounds between two prompts and pictures see appendix/edit.py.
+`generate` with indices=[number] makes it again by itself. Not in the papers: guidance at high noise
+only, and rows of the picture that shift from step to step (ShiftedRows), where a model folder asks
+for them. For inpainting, longer sounds, sounds between two prompts, pictures: appendix/edit.py.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SAMPLERS = {"pndm": diffusion.pndm, "ddim": diffusion.ddim, "ddpm": diffusion.dd
 SETTINGS = ("seed", "steps", "guidance", "sampler", "negative", "strength", "precision")
 # What model.json says beside its codec, by train.py's names
 MODEL_SETTINGS = ("text_encoder", "max_length", "mask", "prediction", "schedule", "schedule_shift")
-MODEL_SETTINGS += ("guidance", "denoising_steps", "shifted_rows")
+MODEL_SETTINGS += ("guidance", "guidance_above", "denoising_steps", "shifted_rows")
 
 
 @dataclass
@@ -65,8 +65,9 @@ class Model:
     stats: latents.LatentStats
     alphas_cumprod: Tensor  # of the noise schedule
     prediction: str  # what the U-Net predicts: "eps", "v" or "x0"
-    guidance: float  # the scale and
-    steps: int  # the number of steps to take when nobody says
+    guidance: float  # its scale, when nobody says
+    guidance_above: int  # the t down to which it is used
+    steps: int  # to take, when nobody says
     device: torch.device
     graphs: dict = field(default_factory=dict, init=False)  # of the U-Net's call, by shapes
 
@@ -137,7 +138,8 @@ def load_model(
         alphas_cumprod = diffusion.shifted(alphas_cumprod, about["schedule_shift"]).to(device)
         unet = UNet.from_pretrained(folder / "unet").eval()
         unet = ShiftedRows(unet, codec) if about["shifted_rows"] else unet
-        rest = about["prediction"], float(about["guidance"]), int(about["denoising_steps"])
+        rest = about["prediction"], float(about["guidance"]), int(about["guidance_above"])
+        rest += (int(about["denoising_steps"]),)
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
@@ -234,16 +236,17 @@ def generate(
     calls = len(batches) * (len(timesteps) + (sampler == "pndm"))
     bar, sounds = tqdm(total=calls, unit="step", leave=False, disable=not progress or None), []
     for batch in batches:
-        # One call of the network per step, for 2B: the first half without, the second with prompts.
+        # One call of the network per step, for 2B: the first half without, the second with prompts;
+        # or for the second half alone.
         text, mask = model.encoder([negative] * len(prompts[batch]) + list(prompts[batch]))
         text = text.float()  # on CUDA the encoder gives bf16
 
         def network(x_t: Tensor, t: int, text=text, mask=mask) -> Tensor:
             bar.update()
+            inputs = x_t, t, *(x[-len(x_t) :] for x in (text, mask) if x is not None)
             if graph is None:
-                return call(x_t, t, text, mask)
-            inputs = [x_t, torch.full((1,), t, device=device), text, mask]
-            inputs = tuple(x for x in inputs if x is not None)
+                return call(*inputs)
+            inputs = x_t, torch.full((1,), t, device=device), *inputs[2:]
             key = model.unet, bf16, *(x.shape for x in inputs)
             if key not in model.graphs:  # a graph doesn't keep alive the weights that it reads
                 call(*inputs)
@@ -252,7 +255,7 @@ def generate(
 
         eps_model = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
         # Guidance: ε = ε_∅ + s·(ε_y − ε_∅)
-        eps_model = diffusion.guided(eps_model, guidance)
+        eps_model = diffusion.guided(eps_model, guidance, model.guidance_above)
 
         generators = noise_generators(seed, indices[batch])
         x_t = torch.empty(len(generators), model.codec.channels, *latents.GRID, device=device)

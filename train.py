@@ -112,7 +112,8 @@ class Config:
     checkpoint_every: int = option(500, "steps", 1)
     validate_every: int = option(500, "steps", 1)
     val_clips: int = option(128, "clips of the validation loss", 1)
-    guidance: float = option(3.0, "what sample.py takes unless told otherwise", 0)
+    guidance: float = option(4.0, "what sample.py takes unless told otherwise", 0)
+    guidance_above: int = option(500, "the t down to which it is used", 0, 999)
     denoising_steps: int = option(20, "the same", 1, 1000)
     shifted_rows: bool = option(True, "sample.py moves the rows at each step, against seams")
     resume: bool = option(True, "go on from the newest checkpoint; no: set the old run aside")
@@ -126,7 +127,7 @@ PAPER |= {"layers_per_block": 2, "num_heads": 8, "cross_attention_dim": 768, "pr
 PAPER |= {"schedule_shift": 1.0, "steps": 60_000, "batch_size": 192, "lr": 2.56e-4, "beta2": 0.999}
 PAPER |= {"warmup_steps": 1000, "gradient_checkpointing": True, "checkpoint_every": 1000}
 PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5, "denoising_steps": 45}
-PAPER |= {"shifted_rows": False}
+PAPER |= {"guidance_above": 0, "shifted_rows": False}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
 WARM_STEPS = 4  # before one is captured: AdamW's moments and the libraries' memory come with them
 FETCH_EVERY = {"cuda": 10}  # steps: to look at a step's loss is to wait for it; elsewhere 1
@@ -136,8 +137,8 @@ STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells
 # global batch and the data, compared as such.)
 MAY_CHANGE = set(
     "out data val_data device resume compile deterministic gradient_checkpointing batch_size "
-    "accumulate encodec_weights checkpoint_every validate_every guidance denoising_steps "
-    "shifted_rows".split()
+    "accumulate encodec_weights checkpoint_every validate_every guidance guidance_above "
+    "denoising_steps shifted_rows".split()
 )
 
 
@@ -391,7 +392,7 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
         if task.warm_steps == WARM_STEPS:
             task.update = capture(update, inputs)
         update = task.update or update
-    total, norm = update(*inputs)
+    total, norm = (x.clone() for x in update(*inputs))  # or the next replay would overwrite them
     if ranks > 1:
         dist.all_reduce(total, group=task.group)
         total = total / ranks

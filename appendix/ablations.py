@@ -365,7 +365,8 @@ def trained(c: Config, kind: type[Denoiser]) -> sample.Model:
     unet, codec = task.network.eval(), task.codec
     unet = sample.ShiftedRows(unet, codec).to(task.device) if c.shifted_rows else unet
     parts = unet, task.encoder, codec, task.stats, task.alphas_cumprod
-    return sample.Model(*parts, c.prediction, c.guidance, c.denoising_steps, task.device)
+    rest = c.prediction, c.guidance, c.guidance_above, c.denoising_steps
+    return sample.Model(*parts, *rest, task.device)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Known(nn.Module):
 
 class Between(nn.Module):
     """The U-Net, and in place of what it predicts for the prompts a mixture of that and what it
-    predicts for `to`, of which there is `share` [B]. It is called with [3B, …]."""
+    predicts for `to`, of which there is `share` [B]. It is called with [3B, …], or [2B, …]."""
 
     def __init__(self, model: sample.Model, to: str, share: Tensor):
         super().__init__()
@@ -76,21 +76,21 @@ class Between(nn.Module):
         x_t = torch.cat([x_t, x_t[: len(self.share)]])
         text = torch.cat([text, self.text.to(text)])
         mask = None if mask is None else torch.cat([mask, self.mask])
-        null, one, other = self.unet(x_t, t, text, mask).float().chunk(3)
-        return torch.cat([null, torch.lerp(one, other, self.share)])
+        *null, one, other = self.unet(x_t, t, text, mask).float().split(len(self.share))
+        return torch.cat([*null, torch.lerp(one, other, self.share)])
 
 
 class Watched(nn.Module):
-    """The U-Net, and watch(t, x_t [B, C, 24, 21]) whenever it is called."""
+    """The U-Net, and watch(t, x_t [B, C, 24, 21]) whenever it is called, with [2B, …] or [B, …]."""
 
     capturable = False  # a CUDA graph would call no function
 
-    def __init__(self, model: sample.Model, watch: Callable[[int, Tensor], None]):
+    def __init__(self, model: sample.Model, watch: Callable[[int, Tensor], None], batch: int):
         super().__init__()
-        self.unet, self.watch = model.unet, watch
+        self.unet, self.watch, self.batch = model.unet, watch, batch
 
     def forward(self, x_t: Tensor, t: int, *text: Tensor) -> Tensor:
-        self.watch(t, x_t[: len(x_t) // 2])
+        self.watch(t, x_t[-self.batch :])
         return self.unet(x_t, t, *text)
 
 
@@ -140,7 +140,7 @@ def generate(
     def window(number: int, init_audio: Tensor | None, known: Tensor, kept: Tensor) -> Tensor:
         """x_0 [B, C, 24, 21]; where it is kept, it is what is known."""
         inner = replace(mixed, unet=Known(mixed, known, kept)) if kept.any() else mixed
-        inner = replace(inner, unet=Watched(inner, watch)) if watch else inner
+        inner = replace(inner, unet=Watched(inner, watch, len(prompts))) if watch else inner
         noise = seed + (number << 32)  # for each window another
         x_0 = sample.generate(inner, prompts, seed=noise, init_audio=init_audio, **settings)
         return torch.where(kept, known, x_0)  # the samplers end at ᾱ_0, not quite at 1

@@ -235,14 +235,15 @@ def training(bench: Bench) -> None:
             bench.row(name, value, unit, goal.get(unit, ""))
         del run, fetch, upcoming, now, loss
 
-    weights = []
+    weights, losses = [], []
     for clear in (False, True):
         run = Ours(replace(bench.configs["tiny"], batch_size=2))
+        batches = [run.task.batch(i, range(2), run.task.choose(i, 2)) for i in range(warm + steps)]
         with mock.patch.dict(GRAPHS, clear=clear):
-            for step in range(warm + steps):
-                run.step(run.task.batch(step, range(2), run.task.choose(step, 2)))
+            losses.append(torch.stack([run.step(batch)["loss"] for batch in batches]))
         weights.append(torch.cat([p.detach().flatten() for p in run.ema.parameters()]))
     bench.row("training, graph and eager, weights differ by", apart(*weights), "", "0")
+    bench.row("training, graph and eager, losses differ by", apart(*losses), "", "0")
 
 
 def flops_of(network: UNet) -> int:

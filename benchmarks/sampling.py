@@ -67,6 +67,7 @@ def as_model(unet: UNet, states: Tensor) -> sample.Model:
         alphas_cumprod=diffusion.cosine_alphas_cumprod().to(states.device),
         prediction="eps",
         guidance=GUIDANCE,
+        guidance_above=0,
         steps=45,
         device=states.device,
     )

@@ -189,9 +189,22 @@ def test_guidance_moves_every_channel():
         return torch.cat([0 * null, torch.ones_like(text)])
 
     x_t = torch.randn(3, 128, 4, 4)
-    for scale in (6.5, 1.0, 0.0):
+    for scale in (6.5, 0.0):
         eps = guided(two_texts, scale)(x_t, 10)
         assert torch.equal(eps, torch.full_like(x_t, scale))
+
+
+def test_where_guidance_is_none_the_prompt_alone_is_asked_for():
+    """That is, at scale 1 and where there is little noise: half the work."""
+    sizes, x_t = [], torch.randn(3, 128, 4, 4)
+
+    def eps_model(x_t, t):
+        sizes.append((t, len(x_t)))
+        return x_t
+
+    for scale, t in ((2.0, 401), (2.0, 400), (2.0, 1), (1.0, 999)):
+        assert torch.equal(guided(eps_model, scale, above=400)(x_t, t), x_t)
+    assert sizes == [(401, 6), (400, 3), (1, 3), (999, 3)]
 
 
 @pytest.mark.parametrize("sampler", [ddpm, partial(ddim, eta=1.0)])

@@ -154,6 +154,15 @@ def test_what_the_network_is_called_with(model):
     assert torch.equal(text, model.encoder(["loud"] * 3 + prompts)[0])
 
 
+def test_guidance_at_high_noise_only(model):
+    """Below, each call is for half as many latents, with the prompts."""
+    network, prompts = Recorder(), ["dog", "rain", "a bell"]
+    generate(replace(model, unet=network, guidance_above=500), prompts, steps=20)
+    sizes = {t: len(x_t) for x_t, t, _ in network.calls}
+    assert sizes == {t: 6 if t > 500 else 3 for t in range(951, 0, -50)}
+    assert torch.equal(network.calls[-1][2], model.encoder(prompts)[0])
+
+
 def test_rows_that_shift_leave_no_seams(folder, tmp_path):
     """A network that marks the first frame of each row marks every frame alike, on average over t;
     what it does frame by frame stays in its place. model.json decides."""

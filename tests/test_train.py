@@ -595,7 +595,7 @@ def test_the_model_folder(whole, small):
     """Has all that it needs, its text encoder too, unless that is the hub's."""
     arguments = dict(zip(small[::2], small[1::2], strict=True))
     expected = {"text_encoder": "text_encoder", "max_length": 16, "mask": "both"}
-    sampling = ("guidance", "denoising_steps", "shifted_rows")
+    sampling = ("guidance", "guidance_above", "denoising_steps", "shifted_rows")
     for key in ("schedule", "schedule_shift", "prediction", *sampling):
         expected[key] = getattr(Config(), key)
     expected |= {"codec": MelCodec().settings(), "sample_rate": 16_000}

@@ -28,6 +28,7 @@ import argparse
 import csv
 import functools
 import math
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -45,6 +46,7 @@ from latents import (
     encode_dataset,
     load_audio,
     natural,
+    pick_device,
     positive,
 )
 from tiny.wording import draw_captions, read_wording
@@ -348,12 +350,14 @@ def main() -> None:
     parser.add_argument("--clips", type=positive, help=f"number of scenes (default: {CLIPS})")
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--recordings", type=Path, default=HERE / "recordings.csv")
-    parser.add_argument("--workers", type=natural, default=2, help="processes that compose")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--workers", type=natural, default=cores, help="processes that compose")
     args = parser.parse_args()
     if args.clips is not None and args.clips < 1 or args.workers < 0 or args.seed < 0:
         parser.error("--clips takes 1 or more, --workers and --seed 0 or more")
     torch.set_num_threads(1)  # the workers fill the cores
     splits = [args.split or "train"] if args.split or args.out else list(CLIPS)
+    codec = MelCodec(pick_device(None))
     try:
         for split in splits:
             out = args.out or HERE / "data" / split
@@ -362,7 +366,7 @@ def main() -> None:
             print(f"{out}: {len(scenes)} scenes of {len(recordings.names)} classes")
             recordings.preload(scenes)
             load = functools.partial(load_clips, recordings)
-            encode_dataset(out, MelCodec(), scenes, load, workers=args.workers)
+            encode_dataset(out, codec, scenes, load, workers=args.workers)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
