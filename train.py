@@ -448,6 +448,7 @@ def train(c: Config, kind: type[Denoiser] = Denoiser) -> Path:
         must_agree(f"{out}: its run has", state["config"], same, advice)
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        optimizer.param_groups[0]["capturable"] = device.type == "cuda"  # whatever it came from
         for p, moments in optimizer.state.items():  # laid out as the weights are: AdamW's fused
             for name, value in moments.items():  # kernels take memory as it comes
                 if value.shape == p.shape:
