@@ -255,7 +255,8 @@ def generate(
 
         eps_model = diffusion.predicts_eps(network, model.prediction, alphas_cumprod)
         # Guidance: ε = ε_∅ + s·(ε_y − ε_∅)
-        eps_model = diffusion.guided(eps_model, guidance, model.guidance_above)
+        above = model.guidance_above if guidance > 1 else 0  # at 0, no prompt is heard at any t
+        eps_model = diffusion.guided(eps_model, guidance, above)
 
         generators = noise_generators(seed, indices[batch])
         x_t = torch.empty(len(generators), model.codec.channels, *latents.GRID, device=device)

@@ -114,7 +114,7 @@ class Config:
     val_clips: int = option(128, "clips of the validation loss", 1)
     guidance: float = option(4.0, "what sample.py takes unless told otherwise", 0)
     guidance_above: int = option(500, "the t down to which it is used", 0, 999)
-    denoising_steps: int = option(20, "the same", 1, 1000)
+    denoising_steps: int = option(20, "what sample.py takes unless told otherwise", 1, 1000)
     shifted_rows: bool = option(True, "sample.py moves the rows at each step, against seams")
     resume: bool = option(True, "go on from the newest checkpoint; no: set the old run aside")
 
@@ -129,7 +129,7 @@ PAPER |= {"warmup_steps": 1000, "gradient_checkpointing": True, "checkpoint_ever
 PAPER |= {"validate_every": 1000, "val_clips": 512, "guidance": 6.5, "denoising_steps": 45}
 PAPER |= {"guidance_above": 0, "shifted_rows": False}
 PRESETS = {"tiny": Config(), "paper": Config(**PAPER)}
-WARM_STEPS = 4  # before one is captured: AdamW's moments and the libraries' memory come with them
+WARM_STEPS = 3  # before one is captured: AdamW's moments and the libraries' memory come with them
 FETCH_EVERY = {"cuda": 10}  # steps: to look at a step's loss is to wait for it; elsewhere 1
 PATIENT, HUNG = timedelta(hours=1), timedelta(minutes=2)  # for others: to compose, save; in a step
 STORED = ("latent_stats.safetensors", "codec.json", "clips.jsonl")  # what tells data sets apart
@@ -268,6 +268,7 @@ class Denoiser:
         return [*(x.to(self.device) for x in (stored, t, noise)), *text]
 
     def loss_of(self, network: nn.Module, stored, t, noise, text, text_mask=None) -> Tensor:
+        """The same of what `inputs` gives: on a GPU it is captured, without tokenizer and cache."""
         x_0 = self.latent(stored)
         x_t = diffusion.add_noise(x_0, noise, t, self.alphas_cumprod)
         target = {"eps": noise, "x0": x_0}.get(self.c.prediction)
@@ -364,6 +365,7 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
 
     def update(lr: Tensor, weight: Tensor, *inputs) -> tuple[Tensor, Tensor]:
         total = 0.0
+        optimizer.zero_grad(set_to_none=True)  # first: a capture that failed leaves some
         for i in range(0, len(inputs), size):
             waits = ranks > 1 and i + size < len(inputs)  # sum gradients over ranks once
             with model.no_sync() if waits else nullcontext():
@@ -378,7 +380,6 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         averaged = list(ema.parameters())
         with torch.no_grad():  # ema ← decay·ema + (1 − decay)·weights
             weights = list(task.network.parameters())
@@ -388,9 +389,9 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
     lr = learning_rate(step, c)
     inputs = [torch.full((), x, device=task.device) for x in (lr, 1 - ema_decay(step, c))] + inputs
     if capture and ranks == 1 and step >= c.frozen_steps:
-        task.warm_steps += 1
         if task.warm_steps == WARM_STEPS:
             task.update = capture(update, inputs)
+        task.warm_steps += 1
         update = task.update or update
     total, norm = (x.clone() for x in update(*inputs))  # or the next replay would overwrite them
     if ranks > 1:
@@ -402,7 +403,7 @@ def train_step(task: Denoiser, model: nn.Module, ema: nn.Module, optimizer, batc
 
 def make_optimizer(network: nn.Module, c: Config) -> torch.optim.AdamW:
     rest = {"weight_decay": c.weight_decay, "fused": True}
-    rest["capturable"] = next(network.parameters()).is_cuda  # its count of steps is there, too
+    rest["capturable"] = next(network.parameters()).is_cuda  # with its count of steps there, too
     return torch.optim.AdamW(network.parameters(), c.lr, (0.9, c.beta2), **rest)
 
 

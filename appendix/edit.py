@@ -42,7 +42,7 @@ CLIP_SECONDS = CLIP_SAMPLES / SAMPLE_RATE  # 10.08
 SETTINGS = (*sample.SETTINGS, "keep", "seconds", "to", "n", "control", "controlnet")
 
 
-# ---- around the U-Net: called with [2B, …], first half without, second half with the prompts -----
+# ---- around the U-Net: called with [2B, …], first without and then with the prompts, or [B, …] ---
 
 
 class Known(nn.Module):
@@ -54,7 +54,7 @@ class Known(nn.Module):
         self.prediction, self.alphas_cumprod = model.prediction, model.alphas_cumprod
 
     def forward(self, x_t: Tensor, t: int, *text: Tensor) -> Tensor:
-        x_0 = torch.cat([self.x_0.expand(len(x_t) // 2, -1, -1, -1)] * 2)
+        x_0 = self.x_0.repeat(len(x_t) // len(self.x_0), 1, 1, 1)  # of both halves, or one
         answer = x_0
         if self.prediction != "x0":
             answer = diffusion.eps_from_x0(x_0, x_t, t, self.alphas_cumprod)
@@ -65,7 +65,7 @@ class Known(nn.Module):
 
 class Between(nn.Module):
     """The U-Net, and in place of what it predicts for the prompts a mixture of that and what it
-    predicts for `to`, of which there is `share` [B]. It is called with [3B, …], or [2B, …]."""
+    predicts for `to`, of which there is `share` [B]: a call of it has B more."""
 
     def __init__(self, model: sample.Model, to: str, share: Tensor):
         super().__init__()
@@ -81,7 +81,7 @@ class Between(nn.Module):
 
 
 class Watched(nn.Module):
-    """The U-Net, and watch(t, x_t [B, C, 24, 21]) whenever it is called, with [2B, …] or [B, …]."""
+    """The U-Net, and watch(t, x_t [B, C, 24, 21]) whenever it is called."""
 
     capturable = False  # a CUDA graph would call no function
 

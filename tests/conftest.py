@@ -58,8 +58,7 @@ def save_model(folder):
     about = {"text_encoder": str(folder.parent / "bert"), "max_length": 32}
     about |= {"mask": "cross-attention", "codec": MelCodec().settings(), "sample_rate": 16_000}
     about |= {"schedule": "cosine", "schedule_shift": 1.0, "prediction": "v", "guidance": 6.5}
-    about |= {"guidance_above": 0, "denoising_steps": 45}
-    about |= {"shifted_rows": True, "trained_on": None}
+    about |= {"guidance_above": 0, "denoising_steps": 45, "shifted_rows": True, "trained_on": None}
     (folder / "model.json").write_text(json.dumps(about))
 
 

@@ -183,13 +183,13 @@ def test_order_of_convergence(sampler, least, most):
 def test_guidance_moves_every_channel():
     """Code copied from three-channel models guides the first three only."""
 
-    def two_texts(x_t, t):  # first half: no text, second half: the prompt
-        null, text = x_t.chunk(2)
-        assert torch.equal(null, text) and len(null) == 3
-        return torch.cat([0 * null, torch.ones_like(text)])
+    def two_texts(x_t, t):  # first half: no text, second half: the prompt, alone at scale 1
+        *null, text = x_t.split(3)
+        assert len(null) == (scale != 1) and all(torch.equal(x, text) for x in null)
+        return torch.cat([*(0 * x for x in null), torch.ones_like(text)])
 
     x_t = torch.randn(3, 128, 4, 4)
-    for scale in (6.5, 0.0):
+    for scale in (6.5, 1.0, 0.0):
         eps = guided(two_texts, scale)(x_t, 10)
         assert torch.equal(eps, torch.full_like(x_t, scale))
 

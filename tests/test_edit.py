@@ -78,7 +78,7 @@ def test_the_network_sees_what_is_kept_in_noise(model, prediction):
     seen, known = {}, model.latent(recording())[..., :11, :]  # of 24 rows
     settings = {"sampler": "ddim", "init_audio": recording(), "keep": [(0, 5)], "strength": 1.0}
     watch = lambda t, x_t: seen.update({t: x_t[..., :11, :]})  # noqa: E731
-    model = replace(model, prediction=prediction)
+    model = replace(model, prediction=prediction, guidance_above=500)
     edit.generate(model, ["dog"], watch=watch, **FAST | {"steps": 12}, **settings)
     a = model.alphas_cumprod[max(seen)].item()
     noise = (seen[max(seen)] - a**0.5 * known) / (1 - a) ** 0.5
@@ -101,8 +101,10 @@ def test_windows_continue_each_other(model):
         assert (x_t[..., :252] - before).std() < 0.1 < 0.3 < (x_t[..., 252:] - before).std()
 
 
-def test_between_two_prompts(model):
+@pytest.mark.parametrize("above", [0, 500])
+def test_between_two_prompts(model, above):
     """From one to the other with one noise; the ends are the prompts' own sounds."""
+    model = replace(model, guidance_above=above)
     settings = FAST | {"decode": False}
     ends = sample.generate(model, ["dog", "rain"], indices=[3, 3], **settings)
     ends = model.codec.to_sequence(ends)

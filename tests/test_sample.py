@@ -161,6 +161,9 @@ def test_guidance_at_high_noise_only(model):
     sizes = {t: len(x_t) for x_t, t, _ in network.calls}
     assert sizes == {t: 6 if t > 500 else 3 for t in range(951, 0, -50)}
     assert torch.equal(network.calls[-1][2], model.encoder(prompts)[0])
+    half = replace(model, guidance_above=500)  # without guidance, no prompt is heard at any t
+    one, other = (generate(half, [x], **QUICK, guidance=0.0) for x in ("dog", "rain"))
+    assert torch.equal(one, other)
 
 
 def test_rows_that_shift_leave_no_seams(folder, tmp_path):

@@ -428,6 +428,28 @@ def test_a_step_waits_for_no_number(options, small):
     assert len(operations.done) > 500 and 0 < entry["loss"].item() < 10
 
 
+def test_a_capture_that_fails_costs_only_time(small, monkeypatch):
+    """It may leave gradients that nobody computed; steps go on as if it had not been tried."""
+    weights = []
+
+    def fails(update, inputs):
+        for p in task.network.parameters():
+            p.grad = torch.full_like(p, 1e3)
+        return update
+
+    for graphs in ({}, {"cpu": fails}):
+        task = make(small)
+        ema = copy.deepcopy(task.network).requires_grad_(False)
+        optimizer = train.make_optimizer(task.network, task.c)
+        monkeypatch.setattr(train, "GRAPHS", graphs)
+        for step in range(train.WARM_STEPS + 2):
+            batch = task.batch(step, range(4), task.choose(step, 4))
+            train.train_step(task, task.network, ema, optimizer, [batch])
+        assert (task.update is None) == (not graphs)
+        weights.append(task.network.state_dict())
+    assert equal(*weights)
+
+
 def test_losses_are_looked_at_later(whole, small, tmp_path, monkeypatch):
     """As on a GPU: every few steps, and before anything is kept. It is the same run."""
     monkeypatch.setitem(train.FETCH_EVERY, "cpu", 3)

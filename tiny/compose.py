@@ -353,8 +353,6 @@ def main() -> None:
     cores = os.cpu_count() or 1
     parser.add_argument("--workers", type=natural, default=cores, help="processes that compose")
     args = parser.parse_args()
-    if args.clips is not None and args.clips < 1 or args.workers < 0 or args.seed < 0:
-        parser.error("--clips takes 1 or more, --workers and --seed 0 or more")
     torch.set_num_threads(1)  # the workers fill the cores
     splits = [args.split or "train"] if args.split or args.out else list(CLIPS)
     codec = MelCodec(pick_device(None))
